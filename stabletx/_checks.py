@@ -83,3 +83,85 @@ def check_one_of(argument: str, value: object, choices: Collection[str]) -> None
     if value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
         raise ValueError(must(argument, f"be one of {listed}", repr(value)))
+
+
+def check_integers(argument: str, value: Tensor) -> None:
+    """Refuse a tensor that does not hold integers; bool does not count as one."""
+    check_tensor(argument, value)
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(must(argument, "hold integers", value.dtype))
+
+
+def check_offset(offset: object) -> None:
+    """Refuse an offset that is neither None, an int nor an integer tensor (b,)."""
+    if offset is None or (isinstance(offset, int) and not isinstance(offset, bool)):
+        return
+    if not isinstance(offset, Tensor):
+        raise TypeError(must("offset", "be None, an int or an integer tensor (b,)", repr(offset)))
+    check_integers("offset", offset)
+    check_axes("offset", offset, "b", "Pass one offset per batch row.")
+
+
+def check_width(argument: str, value: object) -> None:
+    """Refuse a window width that is neither None nor an int of at least zero."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(must(argument, "be None or an int", repr(value)))
+    if value < 0:
+        raise ValueError(must(argument, "be at least 0", value, "None means no limit."))
+
+
+def check_allowed(argument: str, value: Tensor) -> None:
+    """Refuse a mask of pairs that is not boolean with four axes."""
+    check_tensor(argument, value)
+    if value.is_floating_point():
+        instead = "A float mask is a bias: pass it as bias=, where -inf blocks."
+        raise TypeError(must(argument, "be boolean (True = may attend)", value.dtype, instead))
+    check_bool(argument, value)
+    instead = (
+        "(b, s) and (t, s) look alike: use Mask.padding(keep) for (b, s), "
+        f"{argument}[None, None] for (t, s)."
+    )
+    check_axes(argument, value, "b h t s", instead)
+
+
+def check_same_batch(first: str, a: Tensor, second: str, b: Tensor) -> None:
+    """Refuse two tensors whose first axes differ."""
+    if a.shape[0] != b.shape[0]:
+        raise ValueError(
+            f"{first} and {second} must have the same batch size, got "
+            f"{first}={tuple(a.shape)} and {second}={tuple(b.shape)}."
+        )
+
+
+def check_heads_given(n_heads: int | None, n_rows: int) -> None:
+    """Refuse to split the rows of an ``attn_mask`` without a number of heads that divides them."""
+    if n_heads is None:
+        raise ValueError(
+            must("n_heads", "be given with an attn_mask of three axes (b * h, t, s)", None)
+        )
+    check_positive("n_heads", n_heads)
+    check_divides("n_heads", n_heads, "attn_mask.shape[0]", n_rows)
+
+
+def check_is_mask(argument: str, value: object, kind: type) -> None:
+    """Refuse to join a mask with anything but a mask."""
+    if not isinstance(value, kind):
+        instead = "Wrap a boolean tensor of 4 axes in Mask.dense first."
+        raise TypeError(must(argument, "be a Mask", type(value).__name__, instead))
+
+
+def check_not_longer(n_queries: int, n_keys: int) -> None:
+    """Refuse to align the last query with the last key where there are more queries."""
+    if n_queries > n_keys:
+        raise ValueError(
+            f"n_queries must be at most n_keys where offset is None, got n_queries={n_queries} "
+            f"and n_keys={n_keys}. Pass offset=0 to align the first query with the first key."
+        )
+
+
+def check_mask_width(argument: str, width: int, what: str, n: int) -> None:
+    """Refuse a mask whose own length is not the number of queries or keys."""
+    if width != n:
+        raise ValueError(must(argument, f"cover the {n} {what}", f"a mask over {width}"))
