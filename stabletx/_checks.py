@@ -145,10 +145,14 @@ def check_heads_given(n_heads: int | None, n_rows: int) -> None:
     check_divides("n_heads", n_heads, "attn_mask.shape[0]", n_rows)
 
 
-def check_is_mask(argument: str, value: object, kind: type) -> None:
-    """Refuse to join a mask with anything but a mask."""
+def check_is_mask(
+    argument: str,
+    value: object,
+    kind: type,
+    instead: str = "Wrap a boolean tensor of 4 axes in Mask.dense first.",
+) -> None:
+    """Refuse anything but a mask."""
     if not isinstance(value, kind):
-        instead = "Wrap a boolean tensor of 4 axes in Mask.dense first."
         raise TypeError(must(argument, "be a Mask", type(value).__name__, instead))
 
 
@@ -165,3 +169,108 @@ def check_mask_width(argument: str, width: int, what: str, n: int) -> None:
     """Refuse a mask whose own length is not the number of queries or keys."""
     if width != n:
         raise ValueError(must(argument, f"cover the {n} {what}", f"a mask over {width}"))
+
+
+def check_same(what: str, first: str, a: object, second: str, b: object) -> None:
+    """Refuse two arguments that differ in ``what``, such as their dtype."""
+    if a != b:
+        raise (TypeError if what == "dtype" else ValueError)(
+            f"{first} must have the {what} of {second}, got {first} with {a} and {second} with {b}."
+        )
+
+
+def check_mask_fits(
+    sizes: tuple[int | None, int | None],
+    shape: tuple[int, int, int, int],
+    devices: Collection[torch.device],
+    device: torch.device,
+) -> None:
+    """Refuse a mask whose own batch size, heads or device are not those of the attention."""
+    for what, size, n in (("batch size", sizes[0], shape[0]), ("heads", sizes[1], shape[1])):
+        if size is not None and size not in (1, n):
+            raise ValueError(must("mask", f"have {what} 1 or {n}", f"a mask with {what} {size}"))
+    for other in devices:
+        if other != device:
+            raise ValueError(must("mask", f"be on {device}", f"a mask on {other}"))
+
+
+def check_bias(bias: Tensor, shape: tuple[int, int, int, int], q: Tensor) -> None:
+    """Refuse a bias that is not a float of four axes, each full or 1."""
+    check_tensor("bias", bias)
+    if not bias.is_floating_point():
+        instead = "A boolean belongs in mask=."
+        raise TypeError(must("bias", "have a floating-point dtype", bias.dtype, instead))
+    check_axes("bias", bias, "b h t s", "Add axes of size 1.")
+    for own, full in zip(bias.shape, shape, strict=True):
+        if own not in (1, full):
+            rule = f"have each axis full or 1 for the scores' shape {shape}"
+            raise ValueError(must("bias", rule, f"a tensor of shape {tuple(bias.shape)}"))
+    check_same("device", "bias", bias.device, "q", q.device)
+
+
+def check_sinks(sinks: Tensor, n_heads: int, q: Tensor) -> None:
+    """Refuse sinks that are not one float per query head."""
+    check_float("sinks", sinks)
+    if tuple(sinks.shape) != (n_heads,):
+        shape = tuple(sinks.shape)
+        raise ValueError(must("sinks", f"have shape ({n_heads},)", f"a tensor of shape {shape}"))
+    check_same("device", "sinks", sinks.device, "q", q.device)
+
+
+def check_softcap(value: float) -> None:
+    """Refuse a soft-cap that is not a positive finite number."""
+    check_finite_number("softcap", value)
+    if value <= 0:
+        raise ValueError(must("softcap", "be positive", value, "Pass None for no soft-cap."))
+
+
+def check_training_given(dropout_p: float, training: bool | None) -> None:
+    """Refuse dropout that does not say whether the model is training."""
+    if dropout_p > 0 and training is None:
+        raise ValueError(
+            must(
+                "training",
+                "be True or False where dropout_p > 0",
+                training,
+                "Pass training=self.training.",
+            )
+        )
+    if training is not None and not isinstance(training, bool):
+        raise TypeError(must("training", "be None, True or False", repr(training)))
+
+
+def check_joinable(what: str, a: int | None, b: int | None) -> None:
+    """Refuse to join two masks whose batch sizes or heads do not fit each other."""
+    if a not in (None, 1, b) and b not in (None, 1):
+        raise ValueError(must("other", f"have {what} 1 or {a}", f"a mask with {what} {b}"))
+
+
+def check_no_dropout(dropout_p: float) -> None:
+    """Refuse a second derivative through dropout, whose draw only the first pass knows."""
+    if dropout_p > 0:
+        raise RuntimeError(
+            must(
+                "dropout_p",
+                "be 0 where a derivative beyond the first is taken",
+                dropout_p,
+                'Pass method="exact", which keeps its draw.',
+            )
+        )
+
+
+def check_method_can(method: str, obstacle: str) -> None:
+    """Refuse a method for a problem that it cannot express."""
+    if obstacle:
+        raise ValueError(
+            f"method must be able to express the problem, got method={method!r} with {obstacle}. "
+            'Pass method="exact", or "auto" to have one picked.'
+        )
+
+
+def check_first_derivative(higher: bool) -> None:
+    """Refuse a derivative beyond the first where none is defined."""
+    if higher:
+        raise RuntimeError(
+            "create_graph must be False where float64 inputs exceed 2**250, got create_graph=True. "
+            "Scale the inputs down."
+        )

@@ -62,6 +62,11 @@ class Rule(ABC):
         """List the tensors that the rule holds."""
         return []
 
+    def sizes(self) -> tuple[int | None, int | None]:
+        """Give the rule's own batch size and heads; None or 1 where it serves any."""
+        batch = [x.shape[0] for x in self.tensors()]
+        return max(batch, default=None), None
+
     def device(self) -> torch.device:
         """Give the device of the rule's tensors, or the CPU."""
         return next((x.device for x in self.tensors()), torch.device("cpu"))
@@ -233,8 +238,18 @@ class Dense(Rule):
         """See :meth:`Rule.tensors`."""
         return [self.allowed]
 
+    def sizes(self) -> tuple[int | None, int | None]:
+        """See :meth:`Rule.sizes`."""
+        return self.allowed.shape[0], self.allowed.shape[1]
+
     def __repr__(self) -> str:
         return f"Mask.dense(allowed of shape {tuple(self.allowed.shape)})"
+
+
+def _joined_sizes(left: Rule, right: Rule) -> tuple[int | None, int | None]:
+    pairs = zip(left.sizes(), right.sizes(), strict=True)
+    batch, heads = (max((x for x in pair if x is not None), default=None) for pair in pairs)
+    return batch, heads
 
 
 @dataclass(frozen=True, repr=False)
@@ -257,6 +272,10 @@ class And(Rule):
         """See :meth:`Rule.tensors`."""
         return [*self.left.tensors(), *self.right.tensors()]
 
+    def sizes(self) -> tuple[int | None, int | None]:
+        """See :meth:`Rule.sizes`."""
+        return _joined_sizes(self.left, self.right)
+
     def __repr__(self) -> str:
         return f"({self.left!r} & {self.right!r})"
 
@@ -276,6 +295,10 @@ class Or(Rule):
         """See :meth:`Rule.tensors`."""
         return [*self.left.tensors(), *self.right.tensors()]
 
+    def sizes(self) -> tuple[int | None, int | None]:
+        """See :meth:`Rule.sizes`."""
+        return _joined_sizes(self.left, self.right)
+
     def __repr__(self) -> str:
         return f"({self.left!r} | {self.right!r})"
 
@@ -293,6 +316,10 @@ class Not(Rule):
     def tensors(self) -> list[Tensor]:
         """See :meth:`Rule.tensors`."""
         return self.inner.tensors()
+
+    def sizes(self) -> tuple[int | None, int | None]:
+        """See :meth:`Rule.sizes`."""
+        return self.inner.sizes()
 
     def __repr__(self) -> str:
         return f"~{self.inner!r}"

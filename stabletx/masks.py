@@ -271,20 +271,33 @@ class Mask:
         """
         return self._rule.tile(rows, cols, n_queries, n_keys)
 
+    def sizes(self) -> tuple[int | None, int | None]:
+        """Give the mask's own batch size and heads; None or 1 where it serves any."""
+        return self._rule.sizes()
+
+    def devices(self) -> set[torch.device]:
+        """Give the devices of the tensors that the mask holds."""
+        return {x.device for x in self._rule.tensors()}
+
     def band(self, n_queries: int, n_keys: int) -> Band | None:
         """Say the mask as one diagonal band and one set of keys, or None where it is not one."""
         return self._rule.band(n_queries, n_keys)
 
     def __and__(self, other: Mask) -> Mask:
-        _checks.check_is_mask("other", other, Mask)
+        self._check_joins(other)
         return Mask(And(self._rule, other._rule))
 
     def __or__(self, other: Mask) -> Mask:
-        _checks.check_is_mask("other", other, Mask)
+        self._check_joins(other)
         return Mask(Or(self._rule, other._rule))
 
     def __invert__(self) -> Mask:
         return Mask(Not(self._rule))
+
+    def _check_joins(self, other: Mask) -> None:
+        _checks.check_is_mask("other", other, Mask)
+        for what, a, b in zip(("batch size", "heads"), self.sizes(), other.sizes(), strict=True):
+            _checks.check_joinable(what, a, b)
 
     def __repr__(self) -> str:
         return repr(self._rule)

@@ -1,0 +1,186 @@
+"""Attention in float64 for float64 inputs near its largest value.
+
+Each row of q, k, v and of the incoming gradient is brought near 1 by an exact power of two, and
+the powers are put back where a number's true size is wanted, so nothing overflows on the way to a
+result that does not. 16-bit and 32-bit inputs never come here: float64 has room for their
+products as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from stabletx import _checks
+from stabletx.functional._guards import repeat_heads
+from stabletx.functional._problem import Problem
+
+ROOM = 2.0**250  # products of four such numbers stay finite in float64
+_SAFE = 500  # exponents up to here leave room for one more product
+_NOTHING = -(10**6)  # the exponent of zero
+
+
+class Scaled(NamedTuple):
+    """A tensor ``x * 2**power`` whose ``x`` is of moderate size; ``power`` broadcasts."""
+
+    x: Tensor
+    power: Tensor
+
+    @staticmethod
+    def rows(x: Tensor) -> Scaled:
+        """Bring each row near 1 where it is beyond ``ROOM``."""
+        top = x.abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
+        power = torch.where(top > ROOM, torch.frexp(top).exponent, 0)
+        return Scaled(times_power(x, -power), power)
+
+    def levelled(self, axis: int) -> Scaled:
+        """Take one power for each line along ``axis``, so that the line can be summed."""
+        if not self.x.shape[axis]:
+            return Scaled(self.x, self.x.new_zeros((), dtype=torch.int32))
+        sizes = torch.where(self.x == 0, _NOTHING, torch.frexp(self.x).exponent) + self.power
+        power = (sizes.amax(axis, keepdim=True) - _SAFE).clamp(min=0)
+        return Scaled(times_power(self.x, self.power - power), power)
+
+    def value(self) -> Tensor:
+        """Give the true numbers."""
+        return times_power(self.x, self.power)
+
+
+def times_power(x: Tensor, power: Tensor) -> Tensor:
+    """Multiply by 2**power in steps that float64 can hold."""
+    power = power.to(torch.int64)
+    for _ in range(5):
+        step = power.clamp(-1000, 1000)
+        x = x * torch.exp2(step.double())
+        power = power - step
+    return x
+
+
+def extended(problem: Problem, allowed: Tensor | None) -> tuple[Tensor, ...]:
+    """Attend to float64 inputs of any finite size.
+
+    Returns:
+        out, lse, max_score, entropy, weights as the formula's, the first two with a gradient.
+    """
+    h = problem.q.shape[1]
+    k, v = repeat_heads(problem.k, h), repeat_heads(problem.v, h)
+    bias = None if problem.bias is None else problem.bias.double()
+    sinks = None if problem.sinks is None else problem.sinks.double()
+    _checks.check_method_can(
+        "float64 near its largest value", "dropout" if problem.dropout_p else ""
+    )
+    return _Extended.apply(  # type: ignore[no-any-return, no-untyped-call]
+        problem.q, k, v, bias, sinks, problem, allowed
+    )
+
+
+class _Softmax(NamedTuple):
+    weights: Tensor
+    slope: Tensor | None  # of the soft-cap
+    lse: Tensor
+    top: Tensor
+    entropy: Tensor
+    sink_weight: Tensor | None
+
+
+def _softmax(
+    q: Scaled, k: Scaled, bias: Tensor | None, sinks: Tensor | None,
+    problem: Problem, allowed: Tensor | None,
+) -> _Softmax:  # fmt: skip
+    product = Scaled(q.x @ k.x.transpose(-1, -2), q.power + k.power.transpose(-1, -2))
+    slope = None
+    if problem.softcap is None:
+        product = Scaled(product.x * problem.scale, product.power)
+        blocked = product.x if allowed is None else torch.where(allowed, product.x, 0.0)
+        scores = Scaled(blocked, product.power).levelled(-1)
+    else:
+        inner = Scaled(product.x * (problem.scale / problem.softcap), product.power).value()
+        slope = 1 - torch.tanh(inner) ** 2
+        scores = Scaled(problem.softcap * torch.tanh(inner), torch.zeros_like(q.power))
+    x, power = scores
+    if bias is not None:
+        x = x + times_power(bias, -power)
+    if allowed is not None:
+        x = torch.where(allowed, x, -torch.inf)
+    top = x.amax(-1, keepdim=True) if x.shape[-1] else x.new_full((*x.shape[:-1], 1), -torch.inf)
+    keys_top, sink = top, None
+    if sinks is not None:
+        sink = times_power(sinks[None, :, None, None].expand(top.shape), -power)
+        top = torch.maximum(top, sink)
+    base = torch.where(top == -torch.inf, 0.0, top)
+    gap = times_power(x - base, power)
+    parts = gap.exp()
+    total = parts.sum(-1, keepdim=True)
+    if sink is not None:
+        sink = times_power(sink - base, power).exp()
+        total = total + sink
+    divisor = torch.where(total == 0, 1.0, total)
+    weights = parts / divisor
+    surprise = torch.where(weights > 0, divisor.log() - gap, 0.0)
+    lse = torch.where(total == 0, -torch.inf, times_power(base, power) + divisor.log())
+    return _Softmax(
+        weights,
+        slope,
+        lse[..., 0],
+        times_power(keys_top, power)[..., 0],
+        (weights * surprise).sum(-1),
+        None if sink is None else sink / divisor,
+    )
+
+
+class _Extended(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        sinks: Tensor | None,
+        problem: Problem,
+        allowed: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        found = _softmax(Scaled.rows(q), Scaled.rows(k), bias, sinks, problem, allowed)
+        # The mean of the values is no larger than the largest of them, whatever rounding says.
+        ceiling = torch.finfo(torch.float64).max / 4
+        out = (found.weights @ (v * 0.25)).clamp(-ceiling, ceiling) * 4.0
+        ctx.save_for_backward(q, k, v, bias, sinks, allowed)
+        ctx.problem = problem
+        ctx.mark_non_differentiable(found.top, found.entropy, found.weights)
+        return out, found.lse, found.top, found.entropy, found.weights
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        _checks.check_first_derivative(torch.is_grad_enabled())
+        q, k, v, bias, sinks, allowed = ctx.saved_tensors
+        problem: Problem = ctx.problem
+        q, k = Scaled.rows(q), Scaled.rows(k)
+        found = _softmax(q, k, bias, sinks, problem, allowed)
+        grad, v = Scaled.rows(grads[0]), Scaled.rows(v)
+        pushed = Scaled(grad.x @ v.x.transpose(-1, -2), grad.power + v.power.transpose(-1, -2))
+        pushed = pushed.levelled(-1)
+        mean = (found.weights * pushed.x).sum(-1, keepdim=True)
+        mean = mean - times_power(grads[1][..., None], -pushed.power)
+        grad_scores = Scaled(found.weights * (pushed.x - mean), pushed.power)
+        grad_bias = grad_sinks = None
+        if bias is not None:
+            grad_bias = grad_scores.value().sum_to_size(bias.shape)
+        if found.sink_weight is not None:
+            grad_sinks = -times_power(found.sink_weight * mean, pushed.power).sum((0, 2, 3))
+        if found.slope is not None:
+            grad_scores = Scaled(grad_scores.x * found.slope, grad_scores.power)
+        to_q = Scaled(grad_scores.x, k.power.transpose(-1, -2).expand_as(grad_scores.x))
+        to_q = to_q.levelled(-1)
+        grad_q = Scaled(to_q.x @ k.x * problem.scale, to_q.power + grad_scores.power)
+        to_k = Scaled(grad_scores.x, grad_scores.power + q.power).levelled(-2)
+        grad_k = _transposed_product(to_k, q.x * problem.scale)
+        to_v = Scaled(found.weights, grad.power).levelled(-2)
+        grad_v = _transposed_product(to_v, grad.x)
+        return grad_q.value(), grad_k, grad_v, grad_bias, grad_sinks, None, None
+
+
+def _transposed_product(a: Scaled, b: Tensor) -> Tensor:
+    power = a.power.transpose(-1, -2) if a.power.ndim else a.power
+    return Scaled(a.x.transpose(-1, -2) @ b, power).value()

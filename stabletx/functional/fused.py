@@ -1,0 +1,243 @@
+"""Attention through torch's fused CPU kernel, on as little of the problem as gives the answer.
+
+The kernel keeps the contract where its inputs are finite and its scores are moderate
+(``_guards.within_limits``). It sees float32 or float64 only: 16-bit inputs are converted, which is
+more accurate and, for float16, several times faster than the kernel's own 16-bit code.
+
+Keys that a batch row may not see are cut off rather than masked, and a causal or windowed problem
+is split by queries where that saves work, so blocked keys cost nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stabletx._precision import compute_dtype
+from stabletx.functional._problem import Problem
+from stabletx.functional._sight import Sight
+
+Exact = Callable[[Problem], Tensor]
+
+# Splitting pays where the kernel's own key blocks (512 wide) save nothing; measured.
+SPLIT_ROWS = 128
+KERNEL_IS_CAUSAL_FROM = 1024
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One call of the kernel: some batch rows, some queries, the keys that they may see."""
+
+    batch: slice
+    rows: slice
+    keys: slice | Tensor  # a Tensor of indices where they are not one run
+    is_causal: bool
+    is_full: bool
+
+    def cut(self, x: Tensor) -> Tensor:  # (b, g, s, d)
+        x = x[self.batch]
+        return x[:, :, self.keys] if isinstance(self.keys, slice) else x.index_select(2, self.keys)
+
+    def mask(self, problem: Problem, sight: Sight, dtype: torch.dtype) -> Tensor | None:
+        """Write out what the kernel adds to the scores: the bias, -inf where blocked."""
+        if self.is_full and problem.bias is None:
+            return None
+        cols = self.keys
+        if isinstance(cols, slice):
+            cols = torch.arange(cols.start, cols.stop, device=sight.device)
+        added = torch.zeros((), dtype=dtype, device=sight.device)
+        if problem.bias is not None:
+            bias = problem.bias.detach()
+            bias = bias if bias.shape[0] == 1 else bias[self.batch]
+            bias = bias if bias.shape[2] == 1 else bias[:, :, self.rows]
+            added = (bias if bias.shape[3] == 1 else bias.index_select(3, cols)).to(dtype)
+        allowed = None if self.is_full else sight.tile(self.rows, cols)
+        if allowed is not None:
+            allowed = allowed if allowed.shape[0] == 1 else allowed[self.batch]
+            added = torch.where(allowed, added, -torch.inf)
+        n_rows = self.rows.stop - self.rows.start
+        return added.expand(
+            self.batch.stop - self.batch.start, problem.q.shape[1], n_rows, len(cols)
+        )
+
+
+def can_fuse(problem: Problem) -> str:
+    """Say why the kernel cannot express this problem; an empty text where it can."""
+    if problem.q.device.type != "cpu":
+        return "the tensors are not on the CPU"
+    if problem.softcap is not None:
+        return "a soft-cap"
+    if problem.sinks is not None:
+        return "sinks"
+    if problem.dropout_p > 0:
+        return "dropout on the weights"
+    if problem.bias is not None and problem.bias.requires_grad and torch.is_grad_enabled():
+        return "a bias that wants a gradient"
+    if problem.q.shape[3] != problem.v.shape[3]:
+        return "values of another width than the queries"
+    if 0 in problem.q.shape or 0 in problem.k.shape:
+        return "an axis of size 0"
+    return ""
+
+
+def fused(problem: Problem, sight: Sight, exact: Exact) -> Tensor:
+    """Attend through the fused kernel; ``exact`` serves derivatives of higher order."""
+    work = compute_dtype(problem.q.dtype)
+    q, k, v = (x.to(work) for x in (problem.q, problem.k, problem.v))
+    problem = problem.with_tensors(q, k, v)
+    pieces = list(_pieces(sight, q.shape[0]))
+    out: Tensor
+    if problem.needs_grad:
+        out = _Fused.apply(q, k, v, problem, sight, pieces, exact)  # type: ignore[no-untyped-call]
+    else:
+        out, _ = _forward(q, k, v, problem, sight, pieces)
+    has_key = sight.rows_with_a_key()
+    if has_key is not None:
+        out = torch.where(has_key[..., None], out, 0.0)
+    return out
+
+
+def _pieces(sight: Sight, n_batch: int) -> Iterator[_Piece]:
+    for batch, keys in _key_runs(sight, n_batch):
+        yield from _row_pieces(sight, batch, keys)
+
+
+def _key_runs(sight: Sight, n_batch: int) -> Iterator[tuple[slice, slice | Tensor]]:
+    """Group neighbouring batch rows that keep the same keys."""
+    everything = slice(0, sight.s)
+    if sight.band is None or sight.band.keep is None:
+        yield slice(0, n_batch), everything
+        return
+    kept = [row.nonzero()[:, 0] for row in sight.band.keep.expand(n_batch, -1)]
+    start = 0
+    for i in range(1, n_batch + 1):
+        if i < n_batch and torch.equal(kept[i], kept[start]):
+            continue
+        index = kept[start]
+        one_run = len(index) and int(index[-1] - index[0]) + 1 == len(index)
+        run = slice(int(index[0]), int(index[-1]) + 1) if one_run else index
+        yield slice(start, i), run
+        start = i
+
+
+def _row_pieces(sight: Sight, batch: slice, keys: slice | Tensor) -> Iterator[_Piece]:
+    t, band = sight.t, sight.band
+    n_keys = keys.stop - keys.start if isinstance(keys, slice) else len(keys)
+    if n_keys == 0:
+        return
+    if band is not None and band.lower is None and band.upper is None:
+        yield _Piece(batch, slice(0, t), keys, is_causal=False, is_full=True)
+        return
+    whole = isinstance(keys, slice) and keys == slice(0, sight.s)
+    causal = band is not None and band.lower is None and band.upper == 0 and whole
+    if causal and (t <= SPLIT_ROWS or t > KERNEL_IS_CAUSAL_FROM):
+        yield _Piece(batch, slice(0, t), keys, is_causal=True, is_full=True)
+        return
+    for start in range(0, t, SPLIT_ROWS):
+        rows = slice(start, min(start + SPLIT_ROWS, t))
+        seen, is_full = keys, False
+        if band is not None and isinstance(keys, slice):
+            first, last = band.keys_of(rows.start, rows.stop - 1, sight.s)
+            seen = slice(max(first, keys.start), min(last, keys.stop))
+            if seen.start >= seen.stop:
+                continue
+            is_full = band.is_full(rows.start, rows.stop - 1, seen.start, seen.stop)
+        yield _Piece(batch, rows, seen, is_causal=False, is_full=is_full)
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, problem: Problem, sight: Sight, pieces: list[_Piece]
+) -> tuple[Tensor, list[Tensor]]:
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out = None if len(pieces) == 1 else q.new_zeros(problem.out_shape)
+    logs = []
+    for piece in pieces:
+        part, log = kernel(
+            _last_stride_one(q[piece.batch, :, piece.rows]),
+            _last_stride_one(piece.cut(k)),
+            _last_stride_one(piece.cut(v)),
+            0.0,
+            piece.is_causal,
+            attn_mask=piece.mask(problem, sight, q.dtype),
+            scale=problem.scale,
+        )
+        logs.append(log)
+        if out is None and tuple(part.shape) == problem.out_shape:
+            return part, logs
+        out = q.new_zeros(problem.out_shape) if out is None else out
+        out[piece.batch, :, piece.rows] = part
+    return q.new_zeros(problem.out_shape) if out is None else out, logs
+
+
+def _last_stride_one(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+class _Fused(torch.autograd.Function):
+    """The kernel with its own backward, and the exact formula for derivatives beyond the first."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        problem: Problem,
+        sight: Sight,
+        pieces: list[_Piece],
+        exact: Exact,
+    ) -> Tensor:
+        out, logs = _forward(q, k, v, problem, sight, pieces)
+        ctx.save_for_backward(q, k, v, out, *logs)
+        ctx.rest = (problem, sight, pieces, exact)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, *logs = ctx.saved_tensors
+        problem, sight, pieces, exact = ctx.rest
+        if torch.is_grad_enabled():
+            again = exact(problem.with_tensors(q, k, v))
+            grads = torch.autograd.grad(
+                again, (q, k, v), grad_out, create_graph=True, allow_unused=True
+            )
+            return (*grads, None, None, None, None)
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        dq = dk = dv = None
+        for piece, log in zip(pieces, logs, strict=True):
+            parts = kernel(
+                _last_stride_one(grad_out[piece.batch, :, piece.rows]),
+                _last_stride_one(q[piece.batch, :, piece.rows]),
+                _last_stride_one(piece.cut(k)),
+                _last_stride_one(piece.cut(v)),
+                out[piece.batch, :, piece.rows],
+                log,
+                0.0,
+                piece.is_causal,
+                attn_mask=piece.mask(problem, sight, q.dtype),
+                scale=problem.scale,
+            )
+            if len(pieces) == 1 and all(
+                a.shape == b.shape for a, b in zip(parts, (q, k, v), strict=True)
+            ):
+                return (*parts, None, None, None, None)
+            if dq is None:
+                dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
+            dq[piece.batch, :, piece.rows] = parts[0]
+            for whole, part in ((dk, parts[1]), (dv, parts[2])):
+                _add_keys(whole, piece, part)
+        if dq is None:
+            dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
+        return dq, dk, dv, None, None, None, None
+
+
+def _add_keys(whole: Tensor | None, piece: _Piece, part: Tensor) -> None:
+    assert whole is not None
+    if isinstance(piece.keys, slice):
+        whole[piece.batch, :, piece.keys] += part
+    else:
+        whole[piece.batch].index_add_(2, piece.keys, part)
