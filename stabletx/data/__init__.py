@@ -1,0 +1,1 @@
+"""Text in: tables, named data sets, a tokenizer, batches, and checks before training."""
