@@ -43,8 +43,8 @@ def _largest(x: Tensor) -> float:
     """Give the largest magnitude; NaN where there is one."""
     if not x.numel():
         return 0.0
-    low, high = torch.aminmax(x.detach())
-    return max(-float(low), float(high)) if bool(low == low) else float("nan")
+    low, high = (float(end) for end in torch.aminmax(x.detach()))
+    return max(-low, high) if low == low else low
 
 
 def within_limits(problem: Problem) -> bool:

@@ -84,11 +84,13 @@ class Sight:
         """Tell which queries see any key: (b|1, h|1, t|1) bool; None where all do."""
         band = self.band
         if band is not None and band.keep is None:
-            low, high = _edges(band, self.t, self.s, self.device)
             if self.s and _always(band, self.t, self.s):
                 return None
+            low, high = _edges(band, self.t, self.s, self.device)
             return (high > low)[None, None]
         if band is not None and band.keep is not None:
+            if band.lower is None and band.upper is None:
+                return band.keep.any(-1)[:, None, None]
             return self.sees_any(band.keep[:, None])
         parts = []
         for rows, tile in self._blocks():

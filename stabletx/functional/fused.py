@@ -24,8 +24,8 @@ from stabletx.functional._sight import Sight
 Exact = Callable[[Problem], Tensor]
 
 # Splitting pays where the kernel's own key blocks (512 wide) save nothing; measured.
-SPLIT_ROWS = 128
-KERNEL_IS_CAUSAL_FROM = 1024
+SPLIT_ROWS = 256
+KERNEL_IS_CAUSAL_FROM = 768
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,9 @@ def fused(problem: Problem, sight: Sight, exact: Exact) -> Tensor:
     else:
         out, _ = _forward(q, k, v, problem, sight, pieces)
     has_key = sight.rows_with_a_key()
-    if has_key is not None:
-        out = torch.where(has_key[..., None], out, 0.0)
-    return out
+    if has_key is None or bool(has_key.all()):
+        return out
+    return torch.where(has_key[..., None], out, 0.0)
 
 
 def _pieces(sight: Sight, n_batch: int) -> Iterator[_Piece]:
