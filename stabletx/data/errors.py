@@ -1,4 +1,9 @@
-"""The two ways in which data fails: it is wrong, or it cannot be fetched."""
+"""The ways in which data fails: it is wrong, it cannot be fetched, or a package is missing."""
+
+import importlib
+from typing import Any
+
+from stabletx._checks import must
 
 
 class DataError(ValueError):
@@ -7,3 +12,14 @@ class DataError(ValueError):
 
 class NetworkNeeded(RuntimeError):
     """A named data set that is neither in the cache nor reachable."""
+
+
+def optional(package: str) -> Any:
+    """Import a package of the ``text`` extra, or say how to get it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        instead = 'Install it with: pip install "stabletx[text]".'
+        raise ImportError(
+            must(package, "be installed", f"no such package ({error})", instead)
+        ) from error

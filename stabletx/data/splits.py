@@ -121,7 +121,8 @@ def assign(
 
     Args:
         examples: read once and not kept.
-        validation: rows (an int) or share of the rows kept (a float) for the validation split.
+        validation: rows (an int) or share of the rows kept (a float) for the validation split; a
+            share above 0 is at least one row.
         test: the same for the test split.
         seed: another seed, another division.
 
@@ -197,7 +198,7 @@ def _size(argument: Literal["validation", "test"], value: int | float, n_rows: i
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     if isinstance(value, float) and 0.0 <= value < 1.0:
-        return round(value * n_rows)
+        return max(round(value * n_rows), 1 if value else 0)
     instead = "Give a number of rows or a share."
     raise ValueError(must(argument, "be an int >= 0 or a float in [0, 1)", repr(value), instead))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, final
 
 from stabletx._checks import check_positive, must
-from stabletx.data.errors import DataError
+from stabletx.data.errors import DataError, optional
 
 PAD, UNKNOWN, FIRST = "[PAD]", "[UNK]", "[CLS]"
 FILE = "tokenizer.json"
@@ -56,18 +56,17 @@ class Tokenizer:
         >>> Tokenizer.train(["a good film", "a bad film"]).tokens([0, 1, 2])
         ['[PAD]', '[UNK]', '[CLS]']
         """
-        from tokenizers import models, trainers
-
+        tokenizers = optional("tokenizers")
         check_positive("vocab_size", vocab_size)
         if isinstance(texts, Iterator):
             instead = "Pass a list: the texts are read twice."
             raise TypeError(must("texts", "be read more than once", type(texts).__name__, instead))
-        draft = _pipeline(models.WordPiece(unk_token=UNKNOWN))
+        draft = _pipeline(tokenizers.models.WordPiece(unk_token=UNKNOWN))
         alphabet = _alphabet(texts, draft.normalizer, vocab_size)
         # Left alone, the trainer numbers characters in the order of a randomly seeded hash map,
         # and breaks ties by those numbers: naming every piece first makes each run the same.
         pieces = _SPECIAL + alphabet + ["##" + letter for letter in alphabet]
-        trainer = trainers.WordPieceTrainer(
+        trainer = tokenizers.trainers.WordPieceTrainer(
             vocab_size=vocab_size,
             special_tokens=pieces,
             limit_alphabet=len(alphabet),
@@ -142,12 +141,10 @@ class Tokenizer:
         Raises:
             DataError: if the file is missing, damaged or of another kind of tokenizer.
         """
-        from tokenizers import Tokenizer as Inner
-
         path = Path(folder) / FILE
         instead = "Save the model again, or copy the whole folder."
         try:
-            inner = Inner.from_str(path.read_text(encoding="utf-8"))
+            inner = optional("tokenizers").Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise DataError(
                 must("folder", f"hold {FILE}", f"{folder} ({error})", instead)
@@ -161,22 +158,19 @@ class Tokenizer:
 
 
 def _pipeline(model: Any) -> Any:
-    from tokenizers import Tokenizer as Inner
-    from tokenizers import normalizers, pre_tokenizers
-
-    inner = Inner(model)
-    inner.normalizer = normalizers.BertNormalizer(lowercase=True)
-    inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizers = optional("tokenizers")
+    inner = tokenizers.Tokenizer(model)
+    inner.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
     return inner
 
 
 def _finished(vocab: dict[str, int]) -> Any:
     """Build the tokenizer anew, so that only three pieces are special."""
-    from tokenizers import models, processors
-
-    inner = _pipeline(models.WordPiece(vocab=vocab, unk_token=UNKNOWN))
+    tokenizers = optional("tokenizers")
+    inner = _pipeline(tokenizers.models.WordPiece(vocab=vocab, unk_token=UNKNOWN))
     inner.add_special_tokens(_SPECIAL)
-    inner.post_processor = processors.TemplateProcessing(
+    inner.post_processor = tokenizers.processors.TemplateProcessing(
         single=f"{FIRST} $A", special_tokens=[(FIRST, _SPECIAL.index(FIRST))]
     )
     return inner
