@@ -197,18 +197,19 @@ def _choose(problem: Problem, method: str, *, stats: bool, weights: bool) -> tup
     _checks.check_one_of("method", method, get_args(Method))
     transformed = _needs_plain_operations(problem)
     obstacle = can_fuse(problem)
+    tiles = _by_tiles_in_detail if stats else _by_tiles
     if method == "fused":
         obstacle = obstacle or transformed or ("details asked for" if stats else "")
         _checks.check_method_can("fused", obstacle)
         return _by_kernel, "fused", "asked for"
     if method == "tiled":
         _checks.check_method_can("tiled", transformed or ("weights asked for" if weights else ""))
-        return _by_tiles, "tiled", "asked for"
+        return tiles, "tiled", "asked for"
     if method == "exact" or weights or transformed:
         why = "asked for" if method == "exact" else transformed or "weights asked for"
         return _formula, "exact", why
     if stats:
-        return _by_tiles, "tiled", "details need every row's scores, which the kernel keeps"
+        return tiles, "tiled", "details need every row's scores, which the kernel keeps"
     if obstacle:
         return _by_tiles, "tiled", f"the fused kernel cannot take it: {obstacle}"
     return _by_kernel, "fused", "nothing stands against torch's fused kernel"
@@ -243,8 +244,9 @@ def _guarded(problem: Problem, sight: Sight, core: _Core) -> _Result:
     if core is not _formula:
         hot = _guards.hot_rows(problem, sight)
         wide = problem.with_tensors(*(x.double() for x in (problem.q, problem.k, problem.v)))
+        tiles = _by_tiles if core is _by_kernel else core
         cool = _guards.cooled(problem, hot, _guards.LARGEST_ENTRY)
-        return _split(cool, sight, hot, core, lambda: _guarded_wide(wide, sight, _by_tiles))
+        return _split(cool, sight, hot, core, lambda: _guarded_wide(wide, sight, tiles))
     return _guarded_wide(problem, sight, core)
 
 
@@ -291,13 +293,21 @@ def _by_kernel(problem: Problem, sight: Sight) -> _Result:
 
 
 def _by_tiles(problem: Problem, sight: Sight) -> _Result:
+    return _with_tiles(problem, sight, entropy=False)
+
+
+def _by_tiles_in_detail(problem: Problem, sight: Sight) -> _Result:
+    return _with_tiles(problem, sight, entropy=True)
+
+
+def _with_tiles(problem: Problem, sight: Sight, *, entropy: bool) -> _Result:
     def again(other: Problem) -> tuple[Tensor, Tensor]:
         result = _formula(other, other.sight())
         assert result.lse is not None
         return result.out, result.lse
 
     work = compute_dtype(problem.q.dtype)
-    out, lse, rows = tiled(problem, sight, work, again)
+    out, lse, rows = tiled(problem, sight, work, again, entropy=entropy)
     has_key = sight.rows_with_a_key()
     if has_key is not None:
         out = torch.where(has_key[..., None], out, 0.0)

@@ -10,14 +10,14 @@ is split by queries where that saves work, so blocked keys cost nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stabletx._precision import compute_dtype
+from stabletx._precision import compute_dtype, is_sixteen_bit
 from stabletx.functional._problem import Problem
 from stabletx.functional._sight import Sight
 
@@ -26,6 +26,8 @@ Exact = Callable[[Problem], Tensor]
 # Splitting pays where the kernel's own key blocks (512 wide) save nothing; measured.
 SPLIT_ROWS = 256
 KERNEL_IS_CAUSAL_FROM = 768
+# 16-bit inputs are converted in parts that stay in the processor's cache; bytes.
+CONVERTED_AT_ONCE = 2**20
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,22 @@ class _Piece:
     def cut(self, x: Tensor) -> Tensor:  # (b, g, s, d)
         x = x[self.batch]
         return x[:, :, self.keys] if isinstance(self.keys, slice) else x.index_select(2, self.keys)
+
+    def inputs(
+        self, q: Tensor, k: Tensor, v: Tensor, work: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Cut out what the kernel reads, as it wants it."""
+        block = q[self.batch, :, self.rows]
+        parts = (x.to(work) for x in (block, self.cut(k), self.cut(v)))
+        q, k, v = (_last_stride_one(x) for x in parts)
+        return q, k, v
+
+    def add_keys(self, whole: Tensor, part: Tensor) -> None:
+        """Add to the gradient of the keys that the piece read."""
+        if isinstance(self.keys, slice):
+            whole[self.batch, :, self.keys] += part
+        else:
+            whole[self.batch].index_add_(2, self.keys, part.to(whole.dtype))
 
     def mask(self, problem: Problem, sight: Sight, dtype: torch.dtype) -> Tensor | None:
         """Write out what the kernel adds to the scores: the bias, -inf where blocked."""
@@ -85,25 +103,29 @@ def can_fuse(problem: Problem) -> str:
 
 
 def fused(problem: Problem, sight: Sight, exact: Exact) -> Tensor:
-    """Attend through the fused kernel; ``exact`` serves derivatives of higher order."""
-    work = compute_dtype(problem.q.dtype)
-    q, k, v = (x.to(work) for x in (problem.q, problem.k, problem.v))
-    problem = problem.with_tensors(q, k, v)
-    pieces = list(_pieces(sight, q.shape[0]))
+    """Attend through the fused kernel, in the dtype of q; ``exact`` serves higher derivatives."""
+    pieces = list(_pieces(sight, problem.q))
     out: Tensor
     if problem.needs_grad:
-        out = _Fused.apply(q, k, v, problem, sight, pieces, exact)  # type: ignore[no-untyped-call]
+        out = _Fused.apply(  # type: ignore[no-untyped-call]
+            problem.q, problem.k, problem.v, problem, sight, pieces, exact
+        )
     else:
-        out, _ = _forward(q, k, v, problem, sight, pieces)
+        out = _assemble(problem, pieces, (part for part, _ in _parts(problem, sight, pieces)))
     has_key = sight.rows_with_a_key()
     if has_key is None or bool(has_key.all()):
         return out
     return torch.where(has_key[..., None], out, 0.0)
 
 
-def _pieces(sight: Sight, n_batch: int) -> Iterator[_Piece]:
+def _pieces(sight: Sight, q: Tensor) -> Iterator[_Piece]:
+    n_batch, at_once = q.shape[0], q.shape[0]
+    if is_sixteen_bit(q.dtype):
+        at_once = max(1, CONVERTED_AT_ONCE // max(1, q[0].numel() * 4))
     for batch, keys in _key_runs(sight, n_batch):
-        yield from _row_pieces(sight, batch, keys)
+        for start in range(batch.start, batch.stop, at_once):
+            part = slice(start, min(start + at_once, batch.stop))
+            yield from _row_pieces(sight, part, keys)
 
 
 def _key_runs(sight: Sight, n_batch: int) -> Iterator[tuple[slice, slice | Tensor]]:
@@ -149,28 +171,25 @@ def _row_pieces(sight: Sight, batch: slice, keys: slice | Tensor) -> Iterator[_P
         yield _Piece(batch, rows, seen, is_causal=False, is_full=is_full)
 
 
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, problem: Problem, sight: Sight, pieces: list[_Piece]
-) -> tuple[Tensor, list[Tensor]]:
+def _parts(problem: Problem, sight: Sight, pieces: list[_Piece]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Run the kernel on each piece; its output and logsumexp, in the dtype computed in."""
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    out = None if len(pieces) == 1 else q.new_zeros(problem.out_shape)
-    logs = []
+    work = compute_dtype(problem.q.dtype)
     for piece in pieces:
-        part, log = kernel(
-            _last_stride_one(q[piece.batch, :, piece.rows]),
-            _last_stride_one(piece.cut(k)),
-            _last_stride_one(piece.cut(v)),
-            0.0,
-            piece.is_causal,
-            attn_mask=piece.mask(problem, sight, q.dtype),
-            scale=problem.scale,
-        )
-        logs.append(log)
-        if out is None and tuple(part.shape) == problem.out_shape:
-            return part, logs
-        out = q.new_zeros(problem.out_shape) if out is None else out
+        q, k, v = piece.inputs(problem.q, problem.k, problem.v, work)
+        mask = piece.mask(problem, sight, work)
+        yield kernel(q, k, v, 0.0, piece.is_causal, attn_mask=mask, scale=problem.scale)
+
+
+def _assemble(problem: Problem, pieces: list[_Piece], parts: Iterable[Tensor]) -> Tensor:
+    """Put the pieces' outputs together, rounded once."""
+    out = None
+    for piece, part in zip(pieces, parts, strict=True):
+        if len(pieces) == 1 and tuple(part.shape) == problem.out_shape:
+            return part.to(problem.q.dtype)
+        out = problem.q.new_zeros(problem.out_shape) if out is None else out
         out[piece.batch, :, piece.rows] = part
-    return q.new_zeros(problem.out_shape) if out is None else out, logs
+    return problem.q.new_zeros(problem.out_shape) if out is None else out
 
 
 def _last_stride_one(x: Tensor) -> Tensor:
@@ -191,53 +210,55 @@ class _Fused(torch.autograd.Function):
         pieces: list[_Piece],
         exact: Exact,
     ) -> Tensor:
-        out, logs = _forward(q, k, v, problem, sight, pieces)
-        ctx.save_for_backward(q, k, v, out, *logs)
+        saved = list(_parts(problem, sight, pieces))
+        out = _assemble(problem, pieces, (part for part, _ in saved))
+        # The row term of the backward pass wants the output as it was before it was rounded.
+        ctx.save_for_backward(q, k, v, *(x for pair in saved for x in pair))
         ctx.rest = (problem, sight, pieces, exact)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, *logs = ctx.saved_tensors
+        q, k, v, *saved = ctx.saved_tensors
         problem, sight, pieces, exact = ctx.rest
         if torch.is_grad_enabled():
-            again = exact(problem.with_tensors(q, k, v))
-            grads = torch.autograd.grad(
-                again, (q, k, v), grad_out, create_graph=True, allow_unused=True
+            wanted = [x for x in (q, k, v) if x.requires_grad]
+            again = exact(problem.with_tensors(q, k, v)).to(grad_out.dtype)
+            found = iter(
+                torch.autograd.grad(again, wanted, grad_out, create_graph=True, allow_unused=True)
             )
-            return (*grads, None, None, None, None)
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        dq = dk = dv = None
-        for piece, log in zip(pieces, logs, strict=True):
-            parts = kernel(
-                _last_stride_one(grad_out[piece.batch, :, piece.rows]),
-                _last_stride_one(q[piece.batch, :, piece.rows]),
-                _last_stride_one(piece.cut(k)),
-                _last_stride_one(piece.cut(v)),
-                out[piece.batch, :, piece.rows],
-                log,
-                0.0,
-                piece.is_causal,
-                attn_mask=piece.mask(problem, sight, q.dtype),
-                scale=problem.scale,
-            )
-            if len(pieces) == 1 and all(
-                a.shape == b.shape for a, b in zip(parts, (q, k, v), strict=True)
-            ):
-                return (*parts, None, None, None, None)
-            if dq is None:
-                dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
-            dq[piece.batch, :, piece.rows] = parts[0]
-            for whole, part in ((dk, parts[1]), (dv, parts[2])):
-                _add_keys(whole, piece, part)
-        if dq is None:
-            dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
-        return dq, dk, dv, None, None, None, None
+            return (*(next(found) if x.requires_grad else None for x in (q, k, v)), *[None] * 4)
+        pairs = zip(saved[::2], saved[1::2], strict=True)
+        return (
+            *_gradients(problem.with_tensors(q, k, v), sight, pieces, pairs, grad_out),
+            *[None] * 4,
+        )
 
 
-def _add_keys(whole: Tensor | None, piece: _Piece, part: Tensor) -> None:
-    assert whole is not None
-    if isinstance(piece.keys, slice):
-        whole[piece.batch, :, piece.keys] += part
-    else:
-        whole[piece.batch].index_add_(2, piece.keys, part)
+def _gradients(
+    problem: Problem,
+    sight: Sight,
+    pieces: list[_Piece],
+    saved: Iterable[tuple[Tensor, Tensor]],
+    grad_out: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    inputs = (problem.q, problem.k, problem.v)
+    work = compute_dtype(problem.q.dtype)
+    # Keys that several pieces share gather their gradient in the dtype computed in.
+    shared = len({piece.batch.start for piece in pieces}) < len(pieces)
+    gathered = work if shared else problem.q.dtype
+    dq, dk, dv = (torch.zeros_like(x, dtype=gathered) for x in inputs)
+    for piece, (out, log) in zip(pieces, saved, strict=True):
+        q, k, v = piece.inputs(*inputs, work)
+        part = _last_stride_one(grad_out[piece.batch, :, piece.rows].to(work))
+        mask = piece.mask(problem, sight, work)
+        parts = kernel(
+            part, q, k, v, out, log, 0.0, piece.is_causal, attn_mask=mask, scale=problem.scale
+        )
+        if len(pieces) == 1 and parts[0].shape == dq.shape and parts[1].shape == dk.shape:
+            return tuple(x.to(dq.dtype) for x in parts)
+        dq[piece.batch, :, piece.rows] = parts[0]
+        for whole, part in ((dk, parts[1]), (dv, parts[2])):
+            piece.add_keys(whole, part)
+    return tuple(x.to(problem.q.dtype) for x in (dq, dk, dv))

@@ -37,7 +37,7 @@ Exact = Callable[[Problem], tuple[Tensor, Tensor]]
 
 
 def tiled(
-    problem: Problem, sight: Sight, work: torch.dtype, exact: Exact
+    problem: Problem, sight: Sight, work: torch.dtype, exact: Exact, *, entropy: bool
 ) -> tuple[Tensor, Tensor, Rows]:
     """Attend by tiles in dtype ``work``.
 
@@ -45,6 +45,7 @@ def tiled(
         problem: finite where it may be seen.
         sight: who sees whom.
         work: dtype to compute in.
+        entropy: compute it; it costs two passes over every tile.
         exact: gives (out, lse) by plain operations, for derivatives beyond the first.
 
     Returns:
@@ -54,7 +55,7 @@ def tiled(
     sinks = None if problem.sinks is None else problem.sinks.to(work)
     q, k, v = (x.to(work) for x in (problem.q, problem.k, problem.v))
     seed = int(torch.randint(2**62, ())) if problem.dropout_p > 0 else 0
-    plan = _Plan(problem, sight, seed)
+    plan = _Plan(problem, sight, seed, entropy)
     out, lse, *rows = _Tiled.apply(q, k, v, bias, sinks, plan, exact)  # type: ignore[no-untyped-call]
     return out, lse, Rows(out.detach(), *rows)
 
@@ -66,6 +67,7 @@ class _Plan:
     problem: Problem
     sight: Sight
     seed: int
+    entropy: bool
 
     def query_blocks(self) -> Iterator[slice]:
         for start in range(0, self.sight.t, QUERIES):
@@ -152,12 +154,13 @@ def _forward_block(
         higher = torch.maximum(top, scores.amax(-1))
         base = torch.where(higher == -torch.inf, 0.0, higher)
         scores.sub_(base[..., None])
-        weights = scores.exp()
-        # Entropy needs the sum of weight * score; blocked scores are -inf and weigh nothing.
-        pulled = torch.einsum("bhtk,bhtk->bht", weights, scores.clamp_(min=_LOWEST[q.dtype]))
+        weights = scores.exp() if plan.entropy else scores.exp_()
         keep = torch.exp(top - base)
-        shift = torch.where(top == -torch.inf, 0.0, top - base)
-        pull = keep * (pull + shift * total) + pulled
+        if plan.entropy:
+            # It needs the sum of weight * score; blocked scores are -inf and weigh nothing.
+            pulled = weights * torch.where(weights > 0, scores, 0.0)
+            shift = torch.where(top == -torch.inf, 0.0, top - base)
+            pull = keep * (pull + shift * total) + pulled.sum(-1)
         total = keep * total + weights.sum(-1)
         dropped = plan.kept(weights, rows, cols)
         if dropped is not None:
@@ -165,9 +168,6 @@ def _forward_block(
         acc.mul_(keep[..., None]).add_(grouped_product(weights, v[:, :, cols]))
         top = higher
     return _finish(acc, top, total, pull, sinks)
-
-
-_LOWEST = {torch.float32: -(2.0**100), torch.float64: -(2.0**1000)}
 
 
 def _finish(acc: Tensor, top: Tensor, total: Tensor, pull: Tensor, sinks: Tensor | None) -> Rows:
