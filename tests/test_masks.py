@@ -1,0 +1,237 @@
+"""A mask says who may attend to whom; every way of writing it out says the same."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stabletx import Mask
+from stabletx.functional._sight import Sight
+
+
+def loop(rule, b, t, s):
+    """Write a mask out pair by pair, from a plain predicate (b, i, j) -> bool."""
+    return torch.tensor(
+        [[[[bool(rule(n, i, j)) for j in range(s)] for i in range(t)]] for n in range(b)]
+    ).reshape(b, 1, t, s)
+
+
+@st.composite
+def masks(draw, b, t, s):
+    """Draw a mask and the predicate that it must mean."""
+    seed = draw(st.integers(0, 2**32 - 1), label="seed")
+    generator = torch.Generator().manual_seed(seed)
+    kind = draw(
+        st.sampled_from(["causal", "window", "lengths", "padding", "segments", "dense", "offset"]),
+        label="kind",
+    )
+    offset = draw(st.integers(-3, 6), label="offset")
+    if kind == "causal":
+        return Mask.causal(offset), lambda n, i, j: j <= i + offset
+    if kind == "offset":
+        offsets = torch.randint(-2, 5, (b,), generator=generator, dtype=torch.int32)
+        return Mask.causal(offsets), lambda n, i, j: j <= i + int(offsets[n])
+    if kind == "window":
+        left = draw(st.none() | st.integers(0, 4), label="left")
+        right = draw(st.none() | st.integers(0, 4), label="right")
+
+        def inside(n, i, j):
+            at = i + offset
+            return (left is None or j >= at - left) and (right is None or j <= at + right)
+
+        return Mask.window(left, right, offset), inside
+    if kind == "lengths":
+        lengths = torch.randint(-1, s + 3, (b,), generator=generator)
+        return Mask.lengths(lengths), lambda n, i, j: j < lengths[n]
+    if kind == "padding":
+        keep = torch.rand(b, s, generator=generator) > 0.4
+        return Mask.padding(keep), lambda n, i, j: keep[n, j]
+    if kind == "segments":
+        q_ids = torch.randint(0, 3, (b, t), generator=generator)
+        k_ids = torch.randint(0, 3, (b, s), generator=generator)
+        return Mask.segments(q_ids, k_ids), lambda n, i, j: q_ids[n, i] == k_ids[n, j]
+    allowed = torch.rand(b, 1, t, s, generator=generator) > 0.5
+    return Mask.dense(allowed), lambda n, i, j: allowed[n, 0, i, j]
+
+
+@st.composite
+def joined_masks(draw):
+    b, t, s = (draw(st.integers(1, n), label=name) for name, n in (("b", 3), ("t", 9), ("s", 9)))
+    mask, rule = draw(masks(b, t, s))
+    for _ in range(draw(st.integers(0, 2), label="joins")):
+        other, other_rule = draw(masks(b, t, s))
+        how = draw(st.sampled_from(["and", "or", "and not"]), label="how")
+        if how == "and":
+            mask, rule = mask & other, (lambda a, c: lambda *x: a(*x) and c(*x))(rule, other_rule)
+        elif how == "or":
+            mask, rule = mask | other, (lambda a, c: lambda *x: a(*x) or c(*x))(rule, other_rule)
+        else:
+            mask = mask & ~other
+            rule = (lambda a, c: lambda *x: a(*x) and not c(*x))(rule, other_rule)
+    return mask, rule, b, t, s
+
+
+@given(case=joined_masks())
+def test_to_dense_means_what_the_rule_says(case):
+    mask, rule, b, t, s = case
+    dense = mask.to_dense(t, s)
+    assert dense.dtype == torch.bool
+    assert torch.equal(dense.expand(b, 1, t, s), loop(rule, b, t, s))
+
+
+@given(case=joined_masks())
+def test_band_says_the_same_as_to_dense_where_there_is_one(case):
+    mask, rule, b, t, s = case
+    band = mask.band(t, s)
+    if band is None:
+        return
+    i, j = torch.arange(t)[:, None], torch.arange(s)[None]
+    seen = torch.ones(t, s, dtype=torch.bool)
+    if band.lower is not None:
+        seen &= j >= i + band.lower
+    if band.upper is not None:
+        seen &= j <= i + band.upper
+    seen = seen[None, None]
+    if band.keep is not None:
+        seen = seen & band.keep[:, None, None]
+    assert torch.equal(seen.expand(b, 1, t, s), loop(rule, b, t, s))
+    first, last = band.keys_of(0, t - 1, s)
+    assert not loop(rule, b, t, s)[..., :first].any()
+    assert not loop(rule, b, t, s)[..., last:].any()
+    if band.keep is None and band.is_full(0, t - 1, first, last):
+        assert loop(rule, b, t, s)[..., first:last].all()
+
+
+@given(case=joined_masks())
+def test_sight_answers_as_the_dense_mask_does(case):
+    mask, rule, b, t, s = case
+    dense = loop(rule, b, t, s)
+    sight = Sight.of(mask, None, t, s, torch.device("cpu"))
+
+    rows = sight.rows_with_a_key()
+    rows = torch.ones(1, 1, 1, dtype=torch.bool) if rows is None else rows
+    assert torch.equal(rows.expand(b, 1, t), dense.any(-1))
+    keys = sight.keys_with_a_row()
+    keys = torch.ones(1, 1, 1, dtype=torch.bool) if keys is None else keys
+    assert torch.equal(keys.expand(b, 1, s), dense.any(-2))
+
+    flags = torch.rand(b, 1, s, generator=torch.Generator().manual_seed(t)) > 0.7
+    assert torch.equal(sight.sees_any(flags).expand(b, 1, t), (dense & flags[:, :, None]).any(-1))
+    values = torch.rand(b, 1, s, generator=torch.Generator().manual_seed(s))
+    largest = torch.where(dense, values[:, :, None], 0.0).amax(-1)
+    assert torch.equal(sight.largest_seen(values).expand(b, 1, t), largest)
+
+
+@given(case=joined_masks())
+def test_tile_is_a_part_of_to_dense(case):
+    mask, _, b, t, s = case
+    rows, cols = torch.arange(t // 2, t), torch.arange(0, (s + 1) // 2)
+    tile = mask.tile(rows, cols, t, s).expand(b, 1, len(rows), len(cols))
+    assert torch.equal(tile, mask.to_dense(t, s).expand(b, 1, t, s)[:, :, t // 2 :, : len(cols)])
+
+
+def test_causal_without_offset_puts_the_last_query_on_the_last_key():
+    assert torch.equal(Mask.causal().to_dense(2, 4), Mask.causal(2).to_dense(2, 4))
+
+
+def test_everything_lets_every_query_see_every_key():
+    assert Mask.everything().to_dense(2, 3).all()
+    assert Mask.from_mha().to_dense(2, 3).all()
+
+
+def test_from_mha_turns_the_polarity_round():
+    blocked = torch.rand(4, 5) > 0.5
+    padded = torch.rand(2, 5) > 0.5
+    expected = ~(blocked[None, None] | padded[:, None, None])
+    assert torch.equal(Mask.from_mha(blocked, padded).to_dense(4, 5), expected)
+    as_float = torch.zeros(4, 5).masked_fill(blocked, -torch.inf)
+    padded_float = torch.zeros(2, 5).masked_fill(padded, -torch.inf)
+    assert torch.equal(Mask.from_mha(as_float, padded_float).to_dense(4, 5), expected)
+    per_head = torch.rand(6, 4, 5) > 0.5
+    dense = Mask.from_mha(per_head, n_heads=3).to_dense(4, 5)
+    assert torch.equal(dense, ~per_head.reshape(2, 3, 4, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32])
+def test_from_huggingface_reads_one_as_a_real_token(dtype):
+    keep = torch.tensor([[1, 1, 0], [0, 1, 1]])
+    dense = Mask.from_huggingface(keep.to(dtype)).to_dense(2, 3)
+    assert torch.equal(dense[:, 0, 0], keep.bool())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_from_huggingface_reads_additive_masks(dtype):
+    allowed = torch.rand(2, 1, 3, 4) > 0.5
+    added = torch.zeros(2, 1, 3, 4, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
+    assert torch.equal(Mask.from_huggingface(added).to_dense(3, 4), allowed)
+    assert torch.equal(Mask.from_huggingface(allowed).to_dense(3, 4), allowed)
+
+
+def test_from_cu_seqlens_keeps_sequences_apart():
+    dense = Mask.from_cu_seqlens(torch.tensor([0, 2, 2, 5])).to_dense(5, 5)[0, 0]
+    assert torch.equal(dense, torch.block_diag(torch.ones(2, 2), torch.ones(3, 3)).bool())
+
+
+def test_repr_says_what_the_mask_is():
+    mask = (Mask.causal() & Mask.lengths(torch.tensor([1, 2]))) | ~Mask.window(1, 0, 2)
+    assert repr(mask) == (
+        "((Mask.causal() & Mask.lengths(key_lengths of shape (2,))) "
+        "| ~Mask.window(left=1, right=0, offset=2))"
+    )
+    ids = torch.zeros(1, 2, dtype=torch.int64)
+    assert repr(Mask.segments(ids)) == "Mask.segments(ids of shapes (1, 2) and (1, 2))"
+    assert repr(Mask.dense(ids.bool()[None, None])) == "Mask.dense(allowed of shape (1, 1, 1, 2))"
+    assert repr(Mask.causal(torch.tensor([1]))) == "Mask.causal(offset of shape (1,))"
+    assert repr(Mask.causal(-1)) == "Mask.causal(offset=-1)"
+    assert repr(Mask.everything()) == "Mask.everything()"
+
+
+keep = torch.ones(2, 3, dtype=torch.bool)
+REFUSED = [
+    (lambda: Mask.dense(keep), ValueError, r"allowed must have 4 axes .*got .*\(2, 3\)"),
+    (lambda: Mask.dense(keep.float()), TypeError, r"allowed must be boolean .*bias="),
+    (lambda: Mask.dense(keep.to(torch.uint8)), TypeError, r"torch.uint8.*allowed.bool\(\)"),
+    (lambda: Mask.padding(keep.long()), TypeError, r"keep must be boolean .*from_huggingface"),
+    (lambda: Mask.padding(keep[0]), ValueError, r"keep must have 2 axes \(b, s\), got .*\(3,\)"),
+    (lambda: Mask.lengths(torch.ones(2)), TypeError, "key_lengths must hold integers"),
+    (lambda: Mask.lengths(keep[0]), TypeError, "key_lengths must hold integers, got .*bool"),
+    (lambda: Mask.lengths(torch.ones(2, 1).long()), ValueError, r"key_lengths must have 1 axes"),
+    (lambda: Mask.causal(1.5), TypeError, "offset must be None, an int or .*got offset=1.5"),
+    (lambda: Mask.causal(True), TypeError, "offset must be .*got offset=True"),
+    (lambda: Mask.causal(torch.ones(2)), TypeError, "offset must hold integers"),
+    (lambda: Mask.causal(torch.ones(2, 1).long()), ValueError, "offset must have 1 axes"),
+    (lambda: Mask.causal().to_dense(4, 3), ValueError, "n_queries=4 and n_keys=3. Pass offset=0"),
+    (lambda: Mask.window(left=-1), ValueError, "left must be at least 0, got left=-1"),
+    (lambda: Mask.window(right=0.5), TypeError, "right must be None or an int, got right=0.5"),
+    (lambda: Mask.segments(keep), TypeError, "query_ids must hold integers"),
+    (lambda: Mask.segments(keep.long()[0]), ValueError, "query_ids must have 2 axes"),
+    (lambda: Mask.segments(keep.long(), keep.long()[:1]), ValueError, "same batch size"),
+    (lambda: Mask.segments(keep.long()).to_dense(4, 3), ValueError, "cover the 4 queries"),
+    (lambda: Mask.segments(keep.long()).to_dense(3, 4), ValueError, "cover the 4 keys"),
+    (lambda: Mask.padding(keep).to_dense(3, 4), ValueError, "keep must cover the 4 keys"),
+    (lambda: Mask.padding(keep).band(3, 4), ValueError, "keep must cover the 4 keys"),
+    (lambda: Mask.dense(keep[None, None]).to_dense(2, 4), ValueError, "cover the 4 keys"),
+    (lambda: Mask.dense(keep[None, None]).to_dense(1, 3), ValueError, "cover the 1 queries"),
+    (lambda: Mask.causal() & keep, TypeError, "other must be a Mask, got other=Tensor"),
+    (lambda: Mask.causal() | None, TypeError, "other must be a Mask, got other=NoneType"),
+    (
+        lambda: Mask.padding(keep) & Mask.lengths(torch.ones(3).long()),
+        ValueError,
+        "other must have batch size 1 or 2, got other=a mask with batch size 3",
+    ),
+    (lambda: Mask.from_mha(torch.ones(3, 3)), ValueError, "attn_mask must hold only 0 and -inf"),
+    (lambda: Mask.from_mha(torch.ones(3, 3).long()), TypeError, "attn_mask must have a floating"),
+    (lambda: Mask.from_mha(keep[None]), ValueError, "n_heads must be given"),
+    (lambda: Mask.from_mha(keep[None], n_heads=2), ValueError, "n_heads must divide"),
+    (lambda: Mask.from_huggingface(keep[0]), ValueError, "attention_mask must have 4 axes"),
+    (lambda: Mask.from_huggingface(keep.long()[None, None]), TypeError, "floating-point"),
+    (lambda: Mask.from_huggingface([1]), TypeError, "attention_mask must be a torch.Tensor"),
+    (lambda: Mask.from_cu_seqlens(torch.ones(2)), TypeError, "cu_q must hold integers"),
+    (lambda: Mask.from_cu_seqlens(keep.long()), ValueError, "cu_q must have 1 axes"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "error", "text"), REFUSED)
+def test_mask_refuses_what_can_be_misread(call, error, text):
+    with pytest.raises(error, match=text):
+        call()
