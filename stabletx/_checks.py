@@ -274,3 +274,152 @@ def check_first_derivative(higher: bool) -> None:
             "create_graph must be False where float64 inputs exceed 2**250, got create_graph=True. "
             "Scale the inputs down."
         )
+
+
+def check_lengths(lengths: Tensor, tokens: Tensor) -> None:
+    """Refuse lengths that do not divide up the tokens; they live on the CPU and are read."""
+    if lengths.device.type != "cpu":
+        raise ValueError(
+            must("lengths", "be on the CPU", f"a tensor on {lengths.device}", "Use .cpu() once.")
+        )
+    if lengths.numel() and int(lengths.min()) < 0:
+        raise ValueError(must("lengths", "be at least 0", int(lengths.min())))
+    n_tokens = tokens.shape[0] if tokens.ndim else 0
+    if tokens.ndim == 0 or int(lengths.sum()) != n_tokens:
+        raise ValueError(
+            must(
+                "lengths",
+                f"sum to the number of tokens, {n_tokens}",
+                f"lengths with sum {int(lengths.sum())}",
+                "Leave padding out of tokens.",
+            )
+        )
+
+
+def check_cache_has_room(n_tokens: int, capacity: int) -> None:
+    """Refuse to put more tokens into a cache than it can hold."""
+    if n_tokens > capacity:
+        raise ValueError(
+            f"cache must have room for {n_tokens} tokens, got cache with capacity={capacity}. "
+            "Make it with a larger capacity, or reset it."
+        )
+
+
+def check_no_gradient(what: str) -> None:
+    """Refuse to record a gradient through what does not carry one."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{what} must be used without gradient, got torch.is_grad_enabled()=True. "
+            "Wrap the call in torch.no_grad() or torch.inference_mode()."
+        )
+
+
+def check_all_none(values: dict[str, object], beside: str, why: str) -> None:
+    """Refuse arguments that another one excludes."""
+    for name, value in values.items():
+        if value is not None:
+            raise ValueError(must(name, f"be None beside {beside}", type(value).__name__, why))
+
+
+def check_context(wants_context: bool, has_context: bool) -> None:
+    """Refuse a context where the block has no place for it, and its absence where it has."""
+    if wants_context and not has_context:
+        raise ValueError(
+            must("context", "be given to a block made with has_context=True", None)
+        )
+    if has_context and not wants_context:
+        instead = "Make the block with has_context=True."
+        raise ValueError(must("context", "be None", "a tensor", instead))
+
+
+def check_even(argument: str, value: int) -> None:
+    """Refuse an odd number."""
+    if value % 2:
+        raise ValueError(must(argument, "be even, as rotary positions turn pairs", value))
+
+
+def ids_out_of_range(ids: Tensor, vocab_size: int) -> ValueError:
+    """Say which token ids are outside the vocabulary, once a lookup has failed on them."""
+    return ValueError(
+        must(
+            "input_ids",
+            f"be in [0, vocab_size={vocab_size})",
+            f"ids from {int(ids.min())} to {int(ids.max())}",
+            "Use the tokenizer that the model was made with.",
+        )
+    )
+
+
+def check_dim(dim: int, x: Tensor) -> None:
+    """Refuse an axis that a tensor does not have."""
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(must("dim", "be an int", repr(dim)))
+    if not -x.ndim <= dim < x.ndim:
+        raise ValueError(must("dim", f"be an axis of x with shape {tuple(x.shape)}", dim))
+
+
+def check_broadcasts(argument: str, value: Tensor, whole: str, shape: Collection[int]) -> None:
+    """Refuse a tensor that does not fit another one, or that would make it larger."""
+    full = tuple(shape)[len(shape) - value.ndim :]
+    if value.ndim > len(shape) or any(
+        own not in (1, n) for own, n in zip(value.shape, full, strict=True)
+    ):
+        raise ValueError(
+            must(
+                argument,
+                f"broadcast to {whole} with shape {tuple(shape)}",
+                f"a tensor of shape {tuple(value.shape)}",
+            )
+        )
+
+
+def check_vector(argument: str, value: Tensor | None, size: int, x: Tensor) -> None:
+    """Refuse a vector of parameters, where given, that does not have one float per feature."""
+    if value is None:
+        return
+    check_float(argument, value)
+    if tuple(value.shape) != (size,):
+        shape = f"a tensor of shape {tuple(value.shape)}"
+        raise ValueError(must(argument, f"have shape ({size},)", shape))
+    check_same("device", argument, value.device, "the input", x.device)
+
+
+def check_between(argument: str, value: float, low: float, high: float, instead: str = "") -> None:
+    """Refuse a number outside [low, high], NaN included."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(must(argument, "be a number", repr(value)))
+    if not low <= value <= high:
+        raise ValueError(must(argument, f"be in [{low:g}, {high:g}]", value, instead))
+
+
+def check_labels(labels: Tensor, logits: Tensor) -> None:
+    """Refuse labels that are not one integer per row of the logits."""
+    check_integers("labels", labels)
+    if logits.ndim == 0 or logits.shape[-1] == 0:
+        shape = f"a tensor of shape {tuple(logits.shape)}"
+        raise ValueError(must("logits", "have a last axis of at least one class", shape))
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            must(
+                "labels",
+                f"have shape {tuple(logits.shape[:-1])}, one label per row of logits",
+                f"a tensor of shape {tuple(labels.shape)}",
+                "Classes are the last axis of logits: where they are axis 1, "
+                "pass logits.movedim(1, -1).",
+            )
+        )
+    check_same("device", "labels", labels.device, "logits", logits.device)
+
+
+def check_rotary_table(argument: str, value: Tensor, x: Tensor) -> None:
+    """Refuse a rotary table that is rounded to 16 bits or does not fit the rows of ``x``."""
+    check_float(argument, value)
+    if value.dtype not in (torch.float32, torch.float64):
+        instead = "Take it from rotary_tables, and keep it out of casts."
+        raise TypeError(must(argument, "be float32 or float64", value.dtype, instead))
+    shape = tuple(value.shape)
+    if value.ndim == 0 or x.ndim == 0 or 2 * shape[-1] > x.shape[-1]:
+        rule = f"have at most half the width of x with shape {tuple(x.shape)}"
+        raise ValueError(must(argument, rule, f"a tensor of shape {shape}"))
+    check_broadcasts(f"{argument}[..., 0]", value[..., 0], "the rows of x", x.shape[:-1])
+    check_same("device", argument, value.device, "x", x.device)

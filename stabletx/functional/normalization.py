@@ -1,0 +1,146 @@
+"""Layer and RMS normalization that is right from constant rows to the largest float.
+
+Both are torch's kernels behind exact changes of the input that the result does not depend on: a
+power of two for large rows, and the subtraction of a mean.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stabletx import _checks
+from stabletx._precision import compute_dtype
+from stabletx.functional._magnitude import surely_within
+from stabletx.functional._sight import values_may_be_read
+
+# Rows are brought down to about this. Squares and cubes, and sums of them over 2**20 features, stay
+# far from the limits of the dtype; and eps, which is at most 1, is nothing beside such squares, so
+# it need not be scaled with the row.
+_EXPONENT = {torch.float32: 30, torch.float64: 200}
+# torch's kernel loses about half a unit in the last place per unit of mean over deviation.
+_LARGEST_OFFSET = 2.0
+_SMALLEST_EPS = 1e-30  # its square root still normal in float32, with room for a factor
+
+
+def layer_norm(
+    x: Tensor,  # (..., m)
+    weight: Tensor | None = None,  # (m,)
+    bias: Tensor | None = None,  # (m,)
+    *,
+    eps: float = 1e-5,
+) -> Tensor:  # (..., m)
+    """Shift and scale each row to mean 0 and variance 1, then apply a weight and a bias.
+
+    ``(x - mean) / sqrt(variance + eps) * weight + bias`` over the last axis.
+
+    Args:
+        x: activations.
+        weight: factor per feature; None for 1.
+        bias: summand per feature; None for 0.
+        eps: variance that is added, in [1e-30, 1].
+
+    Returns:
+        Normalized rows in the dtype of ``x``.
+
+    Raises:
+        TypeError: if a tensor is not floating point, or ``eps`` not a number.
+        ValueError: if ``weight`` or ``bias`` does not have one entry per feature, ``x`` has no
+            feature, or ``eps`` is out of range.
+
+    Numerics: statistics and affine in float32 (float64 for float64), rounded once, whatever the
+    dtype of ``weight`` and ``bias``. Rows up to the largest float are scaled by a power of two
+    first; where the mean of a row is large beside its deviation it is subtracted twice. A constant
+    row gives ``bias``, and gradients are finite wherever they can be represented, also for
+    ``eps=1e-12`` in float16. A row that holds NaN or inf is NaN.
+    Source: Ba, Kiros & Hinton (2016), arXiv 1607.06450, section 3; the second subtraction is the
+    corrected two-pass algorithm of Chan, Golub & LeVeque (1983), Am. Stat. 37(3).
+
+    >>> layer_norm(torch.tensor([1.0, 2.0, 3.0]) * 1e38)
+    tensor([-1.2247,  0.0000,  1.2247])
+    """
+    _check(x, eps, weight=weight, bias=bias)
+    work = compute_dtype(x.dtype)
+    weight = x.new_ones(x.shape[-1], dtype=work) if weight is None else weight.to(work)
+    bias = x.new_zeros(x.shape[-1], dtype=work) if bias is None else bias.to(work)
+    if not values_may_be_read(x):
+        return _guarded_layer_norm(x, weight, bias, eps)
+    # The kernel's own statistics say which rows it may have got wrong; for ordinary rows the
+    # question costs nothing beside the kernel, where two more passes over x would double it.
+    out, mean, rstd = torch.native_layer_norm(x, [x.shape[-1]], weight, bias, eps)
+    deviant = ~((mean.abs() * rstd <= _LARGEST_OFFSET) & (rstd >= 2.0 ** -_EXPONENT[work]))
+    if not bool(deviant.any()):
+        return out
+    easy, hard = torch.where(deviant, 0.0, x), torch.where(deviant, x, 0.0)
+    out, _, _ = torch.native_layer_norm(easy, [x.shape[-1]], weight, bias, eps)
+    return torch.where(deviant, _guarded_layer_norm(hard, weight, bias, eps), out)
+
+
+def _guarded_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Normalize any rows, asking nothing of their values."""
+    z = x.to(weight.dtype)
+    down = _exponent_to_ordinary(z).clamp(max=0.0)
+    z = z * torch.exp2(down).to(z.dtype)
+    # What is subtracted from a row does not change the result, so no gradient passes through it.
+    z = z - z.detach().mean(-1, keepdim=True)
+    # A large row may have small deviations, beside which eps counts: they go back to their size.
+    up = torch.minimum(-down, _exponent_to_ordinary(z))
+    z = z * torch.exp2(up).to(z.dtype)
+    return torch.nn.functional.layer_norm(z, z.shape[-1:], weight, bias, eps).to(x.dtype)
+
+
+def rms_norm(
+    x: Tensor,  # (..., m)
+    weight: Tensor | None = None,  # (m,)
+    *,
+    eps: float = 1e-6,
+) -> Tensor:  # (..., m)
+    """Scale each row to root mean square 1, then apply a weight.
+
+    ``x / sqrt(mean(x**2) + eps) * weight`` over the last axis.
+
+    Args:
+        x: activations.
+        weight: factor per feature; None for 1.
+        eps: mean square that is added, in [1e-30, 1].
+
+    Returns:
+        Normalized rows in the dtype of ``x``.
+
+    Raises:
+        TypeError: if a tensor is not floating point, or ``eps`` not a number.
+        ValueError: if ``weight`` does not have one entry per feature, ``x`` has no feature, or
+            ``eps`` is out of range.
+
+    Numerics: computed in float32 (float64 for float64), rounded once, whatever the dtype of
+    ``weight``; ``eps`` does not depend on the dtype. Rows up to the largest float are scaled by a
+    power of two first. A row that holds NaN or inf is NaN.
+    Source: Zhang & Sennrich (2019), arXiv 1910.07467, section 4.
+
+    >>> rms_norm(torch.tensor([3.0, 4.0]) * 1e37)
+    tensor([0.8485, 1.1314])
+    """
+    _check(x, eps, weight=weight)
+    z = x.to(compute_dtype(x.dtype))
+    weight = None if weight is None else weight.to(z.dtype)
+    if not surely_within(x, 2.0 ** _EXPONENT[z.dtype]):
+        z = z * torch.exp2(_exponent_to_ordinary(z).clamp(max=0.0)).to(z.dtype)
+    return torch.nn.functional.rms_norm(z, z.shape[-1:], weight, eps).to(x.dtype)
+
+
+def _check(x: Tensor, eps: float, **vectors: Tensor | None) -> None:
+    _checks.check_float("x", x)
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(_checks.must("x", "have a last axis of features", tuple(x.shape)))
+    for name, vector in vectors.items():
+        _checks.check_vector(name, vector, x.shape[-1], x)
+    _checks.check_between("eps", eps, _SMALLEST_EPS, 1.0)
+
+
+def _exponent_to_ordinary(z: Tensor) -> Tensor:  # (..., m) -> (..., 1), float64, whole numbers
+    """Give the power of two that brings each row's largest magnitude to an ordinary one.
+
+    Taken in float64, whose ``exp2`` of a whole number is exact once it is rounded to float32.
+    """
+    top = z.detach().abs().amax(-1, keepdim=True).double()
+    return _EXPONENT[z.dtype] - torch.floor(torch.log2(top))
