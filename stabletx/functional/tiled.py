@@ -53,7 +53,7 @@ def tiled(
     """
     bias = None if problem.bias is None else problem.bias.to(work)
     sinks = None if problem.sinks is None else problem.sinks.to(work)
-    q, k, v = (x.to(work) for x in (problem.q, problem.k, problem.v))
+    q, k, v = (x.to(work).contiguous() for x in (problem.q, problem.k, problem.v))
     seed = int(torch.randint(2**62, ())) if problem.dropout_p > 0 else 0
     plan = _Plan(problem, sight, seed, entropy)
     out, lse, *rows = _Tiled.apply(q, k, v, bias, sinks, plan, exact)  # type: ignore[no-untyped-call]
