@@ -5,7 +5,7 @@ shapes, dtypes and devices, never tensor values: reading a value makes a GPU wai
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -314,7 +314,7 @@ def check_no_gradient(what: str) -> None:
         )
 
 
-def check_all_none(values: dict[str, object], beside: str, why: str) -> None:
+def check_all_none(values: Mapping[str, object], beside: str, why: str) -> None:
     """Refuse arguments that another one excludes."""
     for name, value in values.items():
         if value is not None:

@@ -1,0 +1,191 @@
+"""Attention with its projections."""
+
+from __future__ import annotations
+
+from typing import final
+
+from einops import rearrange
+from torch import Tensor, nn
+
+from stabletx import _checks
+from stabletx.functional.attention import Method, attention
+from stabletx.functional.packed import packed_attention
+from stabletx.functional.positions import rotate
+from stabletx.layers._init import init_linear
+from stabletx.layers.cache import KeyValueCache
+from stabletx.layers.normalization import RMSNorm
+from stabletx.masks import Mask
+from stabletx.packing import Plan
+
+Rotation = tuple[Tensor, Tensor]  # (cos, sin) of the positions, from RotaryEmbedding
+
+
+@final
+class MultiHeadAttention(nn.Module):
+    """Attend with several heads, to itself or to a context.
+
+    Args:
+        d_model: size of a token; a multiple of ``n_heads``.
+        n_heads: query heads.
+        n_kv_heads: key/value heads, a divisor of ``n_heads``; None takes ``n_heads``.
+        is_causal: a token sees no later token of its own sequence.
+        qk_norm: give queries and keys a root mean square of 1 per head, with a learned gain, which
+            bounds the scores by ``sqrt(head_dim)`` times the gains. Off to load older weights.
+        use_bias: whether the projections have one.
+        dropout_p: probability in [0, 1) that an attention weight is dropped while training.
+        method: as in :func:`stabletx.attention`.
+
+    Raises:
+        ValueError: if the heads do not divide up ``d_model`` or each other.
+
+    Numerics: as :func:`stabletx.attention`.
+    Source: Vaswani et al. (2017); Ainslie et al. (2023) for grouped heads; Henry et al. (2020) for
+        the norm of queries and keys.
+
+    >>> x = torch.zeros(2, 5, 16)
+    >>> MultiHeadAttention(16, 4, n_kv_heads=2, is_causal=True)(x).shape
+    torch.Size([2, 5, 16])
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        *,
+        n_kv_heads: int | None = None,
+        is_causal: bool = False,
+        qk_norm: bool = True,
+        use_bias: bool = True,
+        dropout_p: float = 0.0,
+        method: Method = "auto",
+    ) -> None:
+        super().__init__()
+        n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
+        _checks.check_positive("d_model", d_model)
+        _checks.check_divides("n_heads", n_heads, "d_model", d_model)
+        _checks.check_divides("n_kv_heads", n_kv_heads, "n_heads", n_heads)
+        _checks.check_probability("dropout_p", dropout_p)
+        self.n_heads, self.n_kv_heads = n_heads, n_kv_heads
+        self.head_dim = d_model // n_heads
+        self.is_causal, self.dropout_p, self.method = is_causal, dropout_p, method
+        widths = self._widths()
+        self.qkv = nn.Linear(d_model, sum(widths), use_bias)
+        self.out = nn.Linear(d_model, d_model, use_bias)
+        self.q_norm = RMSNorm(self.head_dim) if qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim) if qk_norm else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew."""
+        init_linear(self.qkv, self.out.in_features)
+        init_linear(self.out, self.out.in_features)
+
+    def forward(
+        self,
+        x: Tensor,  # (b, t, m), or (n_tokens, m) with a plan
+        *,
+        context: Tensor | None = None,  # (b, s, m)
+        mask: Mask | Tensor | None = None,  # a Mask, or bool (b|1, h|1, t|1, s|1)
+        bias: Tensor | None = None,  # (b|1, h|1, t|1, s|1)
+        rotation: Rotation | None = None,
+        cache: KeyValueCache | None = None,
+        plan: Plan | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            x: tokens that ask.
+            context: tokens that are asked; None asks ``x`` itself. With a cache, keys and values
+                of the context are computed at the first call and read ever after.
+            mask: True = may attend; joined with the causal rule where the layer has it.
+            bias: added to the scores.
+            rotation: (cos, sin) for the positions of ``x``; only for self-attention.
+            cache: holds the keys and values of earlier tokens, before ``x``.
+            plan: says that ``x`` is a packed batch; excludes every argument above but rotation.
+
+        Returns:
+            As ``x``.
+
+        Raises:
+            ValueError: for a wrong shape, or arguments that exclude each other.
+        """
+        _checks.check_axes("x", x, "b t m" if plan is None else "n m", "See `plan`.")
+        _checks.check_same("size of the last axis", "x", x.shape[-1], "qkv", self.qkv.in_features)
+        if plan is not None:
+            others = {"context": context, "mask": mask, "bias": bias, "cache": cache}
+            _checks.check_all_none(others, "plan", "A packed batch knows its sequences already.")
+            q, k, v = self._rotated(*self._project(x), rotation)
+            out = packed_attention(
+                q, k, v, plan, is_causal=self.is_causal,
+                dropout_p=self.dropout_p, training=self.training, method=self.method,
+            )  # fmt: skip
+        else:
+            if context is None:
+                q, k, v = self._rotated(*self._project(x), rotation)
+                q, k, v = (rearrange(a, "b t h d -> b h t d") for a in (q, k, v))
+                k, v = (k, v) if cache is None else cache.append(k, v)
+            else:
+                _checks.check_all_none({"rotation": rotation}, "context", "Rotate neither.")
+                q, k, v = self._cross(x, context, cache)
+            mask = self._joined(mask, q.shape[2], is_self=context is None)
+            out = attention(
+                q, k, v, mask=mask, bias=bias,
+                dropout_p=self.dropout_p, training=self.training, method=self.method,
+            )  # fmt: skip
+            out = rearrange(out, "b h t d -> b t h d")
+        projected: Tensor = self.out(rearrange(out, "... h d -> ... (h d)"))
+        return projected
+
+    def _widths(self) -> list[int]:
+        return [n * self.head_dim for n in (self.n_heads, self.n_kv_heads, self.n_kv_heads)]
+
+    def _heads(self, x: Tensor) -> Tensor:  # (..., n * d) -> (..., n, d)
+        return rearrange(x, "... (h d) -> ... h d", d=self.head_dim)
+
+    def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        if self.q_norm is None or self.k_norm is None:
+            return q, k
+        return self.q_norm(q), self.k_norm(k)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # each (..., n, d)
+        q, k, v = (self._heads(part) for part in self.qkv(x).split(self._widths(), dim=-1))
+        return *self._normed(q, k), v
+
+    @staticmethod
+    def _rotated(
+        q: Tensor, k: Tensor, v: Tensor, rotation: Rotation | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if rotation is None:
+            return q, k, v
+        cos, sin = (x[..., None, :] for x in rotation)  # the same for every head
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def _cross(
+        self, x: Tensor, context: Tensor, cache: KeyValueCache | None
+    ) -> tuple[Tensor, Tensor, Tensor]:  # each (b, h, t, d)
+        """Use the first rows of the fused projection for ``x``, the others for the context."""
+        _checks.check_axes("context", context, "b s m")
+        n = self._widths()[0]
+        weight, bias = self.qkv.weight, self.qkv.bias
+        q = self._heads(nn.functional.linear(x, weight[:n], None if bias is None else bias[:n]))
+        if cache is not None and cache.length:
+            q = q if self.q_norm is None else self.q_norm(q)
+            return rearrange(q, "b t h d -> b h t d"), *cache.read()
+        kv = nn.functional.linear(context, weight[n:], None if bias is None else bias[n:])
+        k, v = (self._heads(part) for part in kv.chunk(2, dim=-1))
+        q, k = self._normed(q, k)
+        q, k, v = (rearrange(a, "b t h d -> b h t d") for a in (q, k, v))
+        return (q, k, v) if cache is None else (q, *cache.append(k, v))
+
+    def _joined(self, mask: Mask | Tensor | None, n_queries: int, *, is_self: bool) -> Mask | None:
+        if isinstance(mask, Tensor):
+            mask = Mask.dense(mask)
+        # One query is the last token, which sees every earlier one: decoding needs no mask.
+        if not (self.is_causal and is_self) or n_queries == 1:
+            return mask
+        return Mask.causal() if mask is None else Mask.causal() & mask
+
+    def extra_repr(self) -> str:
+        """Say the heads."""
+        causal = ", causal" if self.is_causal else ""
+        return f"n_heads={self.n_heads}, n_kv_heads={self.n_kv_heads}{causal}"

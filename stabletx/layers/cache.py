@@ -1,0 +1,102 @@
+"""What a decoder remembers of earlier tokens."""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from torch import Tensor
+
+from stabletx import _checks
+
+
+@final
+class KeyValueCache:
+    """Keep the keys and values of one attention layer, in memory that is taken once.
+
+    Args:
+        batch_size: sequences decoded together.
+        n_kv_heads: key/value heads.
+        capacity: tokens that fit, prompt and padding included.
+        head_dim: size of a head.
+        dtype: of keys and values; None takes torch's default.
+        device: where; None takes torch's default.
+
+    Raises:
+        ValueError: for a size that is not positive.
+
+    >>> cache = KeyValueCache(1, 2, 8, 4)
+    >>> k, v = cache.append(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4))
+    >>> k.shape, cache
+    (torch.Size([1, 2, 3, 4]), KeyValueCache(3 of 8 tokens, batch size 1))
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        n_kv_heads: int,
+        capacity: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        for name, size in (("n_kv_heads", n_kv_heads), ("head_dim", head_dim)):
+            _checks.check_positive(name, size)
+        _checks.check_positive("capacity", capacity)
+        shape = (batch_size, n_kv_heads, capacity, head_dim)
+        # Never read before it is written, so that old memory cannot matter.
+        self._k = torch.empty(shape, dtype=dtype, device=device)
+        self._v = torch.empty_like(self._k)
+        self.length = 0
+
+    @property
+    def capacity(self) -> int:
+        """Give the number of tokens that fit."""
+        return self._k.shape[2]
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the keys and values of new tokens, and give all so far as views.
+
+        Args:
+            k: (b, g, t, d).
+            v: (b, g, t, d).
+
+        Returns:
+            Keys and values (b, g, length, d); no copy.
+
+        Raises:
+            ValueError: if the batch size, heads or device differ, or the cache is full.
+            TypeError: if the dtype differs.
+            RuntimeError: if they want a gradient, which a cache cannot carry.
+        """
+        b, g, _, d = self._k.shape
+        for name, x in (("k", k), ("v", v)):
+            _checks.check_axes(name, x, "b g t d")
+            _checks.check_same("batch size", name, x.shape[0], "cache", b)
+            _checks.check_same("number of heads", name, x.shape[1], "cache", g)
+            _checks.check_same("head dim", name, x.shape[3], "cache", d)
+            _checks.check_same("dtype", name, x.dtype, "cache", self._k.dtype)
+            _checks.check_same("device", name, x.device, "cache", self._k.device)
+        _checks.check_same("number of tokens", "v", v.shape[2], "k", k.shape[2])
+        if k.requires_grad or v.requires_grad:
+            _checks.check_no_gradient("a KeyValueCache")
+        end = self.length + k.shape[2]
+        _checks.check_cache_has_room(end, self.capacity)
+        with torch.no_grad():
+            self._k[:, :, self.length : end] = k
+            self._v[:, :, self.length : end] = v
+        self.length = end
+        return self.read()
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Give the keys and values so far, as views."""
+        return self._k[:, :, : self.length], self._v[:, :, : self.length]
+
+    def reset(self) -> None:
+        """Forget everything; the memory is kept."""
+        self.length = 0
+
+    def __repr__(self) -> str:
+        held = f"{self.length} of {self.capacity} tokens"
+        return f"KeyValueCache({held}, batch size {self._k.shape[0]})"

@@ -1,0 +1,84 @@
+"""From what a caller passes to what the blocks work on, once in a forward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stabletx import _checks
+from stabletx.masks import Mask
+from stabletx.packing import FULL_ENOUGH, Packed, Plan
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """Token ids with their positions; packed where there is a plan, else padded."""
+
+    ids: Tensor  # (b, n), or (n_tokens,) with a plan
+    positions: Tensor  # (n,) or (b, n), or (n_tokens,) with a plan
+    keep: Tensor | None  # (b, n) bool, True = a real token; None: all are
+    plan: Plan | None
+
+    @property
+    def mask(self) -> Mask | None:
+        """Say which keys are real; None where all are, or packing says so already."""
+        return None if self.keep is None or self.plan is not None else Mask.padding(self.keep)
+
+    def restore(self, x: Tensor) -> Tensor:  # (*ids.shape, ...) -> the caller's layout
+        """Bring the blocks' result into the caller's layout, with 0 at padding."""
+        if self.plan is not None:
+            return self.plan.unpack(x)
+        return x if self.keep is None else torch.where(self.keep[..., None], x, 0.0)
+
+
+def read_inputs(
+    input_ids: Tensor | Packed,  # (b, n)
+    attention_mask: Tensor | None,  # (b, n), bool or 0 and 1; 1 = a real token
+    *,
+    may_pack: bool = True,
+) -> Inputs:
+    """Check ids and mask, and plan a packed pass where padding would cost more.
+
+    A plan needs the mask's values, so it is made where the mask lies on the CPU (the ids may lie
+    elsewhere) and nothing is being traced.
+    """
+    if isinstance(input_ids, Packed):
+        _checks.check_all_none({"attention_mask": attention_mask}, "packed ids", "Lengths say it.")
+        _checks.check_integers("input_ids.tokens", input_ids.tokens)
+        _checks.check_axes("input_ids.tokens", input_ids.tokens, "n_tokens")
+        plan = Plan.of_lengths(input_ids.lengths, input_ids.tokens.device)
+        return Inputs(plan.pack(input_ids.tokens), plan.positions, None, plan)
+    _checks.check_integers("input_ids", input_ids)
+    _checks.check_axes("input_ids", input_ids, "b n", "Add a batch axis: input_ids[None].")
+    if attention_mask is None:
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        return Inputs(input_ids, positions, None, None)
+    keep = _as_keep(attention_mask, input_ids)
+    if keep.device.type == "cpu" and _values_may_be_read():
+        fill = float(keep.sum()) / max(keep.numel(), 1)
+        if fill == 1.0:
+            return read_inputs(input_ids, None)
+        if may_pack and fill <= FULL_ENOUGH:
+            plan = Plan.of_padding(keep, input_ids.device)
+            return Inputs(plan.pack(input_ids), plan.positions, keep.to(input_ids.device), plan)
+    keep = keep.to(input_ids.device)
+    return Inputs(input_ids, count_before(keep), keep, None)
+
+
+def count_before(keep: Tensor) -> Tensor:  # (b, n) bool -> (b, n)
+    """Count the real tokens before each slot: the position of a token, wherever padding lies."""
+    return (keep.cumsum(1) - 1).clamp(min=0)
+
+
+def _as_keep(attention_mask: Tensor, input_ids: Tensor) -> Tensor:
+    _checks.check_tensor("attention_mask", attention_mask)
+    _checks.check_same(
+        "shape", "attention_mask", tuple(attention_mask.shape), "input_ids", tuple(input_ids.shape)
+    )
+    return attention_mask if attention_mask.dtype == torch.bool else attention_mask != 0
+
+
+def _values_may_be_read() -> bool:
+    return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()

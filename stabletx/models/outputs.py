@@ -1,0 +1,63 @@
+"""What models return: named tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+
+class ModelOutput(dict[str, Tensor]):
+    """Hold the tensors that there are, by name.
+
+    A dict, so that trainers which look for ``output["loss"]`` find it; the subclasses name each
+    field as an attribute, which is None where the tensor is not there.
+    """
+
+    def __init__(self, **tensors: Tensor | None) -> None:
+        super().__init__({name: x for name, x in tensors.items() if x is not None})
+
+    def __getitem__(self, key: Any) -> Tensor:
+        """Give a tensor by its name, or by its place in :meth:`to_tuple`."""
+        return self.to_tuple()[key] if isinstance(key, int) else super().__getitem__(key)
+
+    def to_tuple(self) -> tuple[Tensor, ...]:
+        """Give the tensors that there are, in order: the loss first."""
+        return tuple(self.values())
+
+
+class EncoderOutput(ModelOutput):
+    """What an :class:`Encoder` returns."""
+
+    @property
+    def last_hidden_state(self) -> Tensor:
+        """Give (b, n, m), 0 at padding; (n_tokens, m) for a packed batch."""
+        return self["last_hidden_state"]
+
+
+class ClassifierOutput(ModelOutput):
+    """What a :class:`SequenceClassifier` returns."""
+
+    @property
+    def loss(self) -> Tensor | None:
+        """Give the mean cross-entropy, or None without labels."""
+        return self.get("loss")
+
+    @property
+    def logits(self) -> Tensor:
+        """Give the scores of the classes (b, c)."""
+        return self["logits"]
+
+
+class DecoderOutput(ModelOutput):
+    """What a :class:`Decoder` and an :class:`EncoderDecoder` return."""
+
+    @property
+    def loss(self) -> Tensor | None:
+        """Give the mean cross-entropy of the next token, or None without labels."""
+        return self.get("loss")
+
+    @property
+    def logits(self) -> Tensor:
+        """Give the scores of the next token (b, n, vocab_size); (n_tokens, ...) if packed."""
+        return self["logits"]
