@@ -1,7 +1,8 @@
 """Text in: tables, named data sets, a tokenizer, batches, and checks before training.
 
-The way of a user's file: ``load_table`` (or ``load_named``), ``preflight``, ``Tokenizer.train`` on the
-train split, ``EncodedSet.encode`` for each split, ``bucketed`` and ``EncodedSet.batch`` in each epoch.
+The way of a user's file: ``load_table`` (or ``load_named``), ``preflight``, ``Tokenizer.train`` on
+the train split, ``EncodedSet.encode`` for each split, then in each epoch ``bucketed`` and
+``EncodedSet.batch``.
 """
 
 from stabletx.data.batches import Batch, EncodedSet, bucketed, collate

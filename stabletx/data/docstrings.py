@@ -7,6 +7,7 @@ passed over, which costs one docstring in nine and is ten times faster than pars
 """
 
 import ast
+import contextlib
 import importlib.metadata
 import importlib.util
 import itertools
@@ -159,7 +160,8 @@ def _write_cache(path: Path, lists: ThreeLists, n: int, dropped: Dropped) -> Non
                 file.write(json.dumps(example._asdict()) + "\n")
         os.replace(beside, path)
     except OSError:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
 
 
 def _read_cache(path: Path) -> _Read | None:

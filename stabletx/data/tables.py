@@ -109,7 +109,7 @@ def load_table(
     Raises:
         DataError: as ``read_table``, and if the rows do not suffice.
 
-    Numerics: none; about 60 bytes a row while dividing, one byte a row afterwards.
+    Numerics: none; about 110 bytes a row while dividing, one byte a row afterwards.
     """
 
     def read() -> Iterator[Example]:

@@ -12,8 +12,9 @@ from stabletx.data.errors import DataError, optional
 
 PAD, UNKNOWN, FIRST = "[PAD]", "[UNK]", "[CLS]"
 FILE = "tokenizer.json"
+_HOW_TO_DECODE = "Decode the text with errors='replace'."
 _SPECIAL = [PAD, UNKNOWN, FIRST]
-_BLANK = re.compile(r"\s")
+_BLANK = re.compile(r"[ \t\n\r]")  # not \s: the normalizer deletes the other control characters
 
 
 class EncodedTexts(NamedTuple):
@@ -187,7 +188,10 @@ def _alphabet(texts: Iterable[str], normalizer: Any, vocab_size: int) -> list[st
         raise ValueError(must("texts", "hold a text", "none", "Check the name of the column."))
     plain: Counter[str] = Counter()
     for letter, n in counts.items():
-        for part in normalizer.normalize_str(letter.encode("utf-8", "replace").decode()):
+        if "\ud800" <= letter <= "\udfff":
+            got = f"half a surrogate pair ({letter!r})"
+            raise ValueError(must("texts", "be Unicode", got, _HOW_TO_DECODE))
+        for part in normalizer.normalize_str(letter):
             if not part.isspace():
                 plain[part] += n
     room = (vocab_size - len(_SPECIAL)) // 3
@@ -199,9 +203,9 @@ def _alphabet(texts: Iterable[str], normalizer: Any, vocab_size: int) -> list[st
 
 
 def _head(text: str, width: int) -> str:
-    """Return the text up to the first white space at or after ``width``.
+    """Return the text up to the first blank at or after ``width``.
 
-    Words are split at white space before anything else happens to them, so that what follows it
+    Words are split at blanks before anything else happens to them, so that what follows it
     cannot change a token before it.
     """
     blank = _BLANK.search(text, width) if len(text) > width else None
@@ -219,5 +223,4 @@ def _check_texts(texts: Sequence[str]) -> None:
                 text.encode()
             except UnicodeEncodeError as error:
                 got = f"half a surrogate pair at character {error.start}"
-                instead = "Decode the text with errors='replace'."
-                raise ValueError(must(f"texts[{i}]", "be Unicode", got, instead)) from error
+                raise ValueError(must(f"texts[{i}]", "be Unicode", got, _HOW_TO_DECODE)) from error
