@@ -323,7 +323,7 @@ def _formula(problem: Problem, sight: Sight) -> _Result:
 
     Expects what no query sees, and what is not finite, to have been put to 0.
     """
-    q, k, v = (x.double() for x in (problem.q, problem.k, problem.v))
+    q, k, v = (x.double().contiguous() for x in (problem.q, problem.k, problem.v))
     k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
     allowed = sight.dense()
 

@@ -1,0 +1,228 @@
+"""Derivatives of every order, every option together, every refusal, and the choice of a method."""
+
+import math
+
+import pytest
+import torch
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+
+from stabletx import Mask, attention, attention_details
+
+METHODS = ["auto", "tiled", "exact"]
+every_method = pytest.mark.parametrize("method", METHODS)
+
+
+def inputs(t=5, s=5, d=3, e=3, h=2, g=1, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        made = torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+        return made.requires_grad_()
+
+    q, k, v = draw(2, h, t, d), draw(2, g, s, d), draw(2, g, s, e)
+    return q, k, v, draw(1, h, t, s), draw(h)
+
+
+MASKS = {
+    "none": None,
+    "causal": Mask.causal(0),
+    "empty rows": Mask.causal(-2),
+    "padding": Mask.padding(torch.tensor([[1, 0, 1, 1, 0], [0, 0, 0, 0, 0]]).bool()),
+    "dense": Mask.dense(torch.rand(2, 2, 5, 5, generator=torch.Generator().manual_seed(1)) > 0.5),
+}
+
+
+@pytest.mark.parametrize("method", ["auto", "fused", "tiled", "exact"])
+@pytest.mark.parametrize("mask", MASKS)
+def test_first_and_second_derivatives_are_right(method, mask):
+    q, k, v, _, _ = inputs()
+
+    def run(q, k, v):
+        return attention(q, k, v, mask=MASKS[mask], method=method)
+
+    assert gradcheck(run, (q, k, v))
+    assert gradgradcheck(run, (q, k, v), fast_mode=True)
+
+
+@every_method
+@pytest.mark.parametrize("mask", ["causal", "empty rows"])
+def test_derivatives_are_right_with_every_option(method, mask):
+    q, k, v, bias, sinks = inputs(e=2)
+
+    def run(q, k, v, bias, sinks):
+        options = {"mask": MASKS[mask], "scale": 0.7, "softcap": 2.0, "method": method}
+        found = attention_details(q, k, v, bias=bias, sinks=sinks, **options)
+        return found.out, found.lse
+
+    assert gradcheck(run, (q, k, v, bias, sinks))
+    assert gradgradcheck(run, (q, k, v, bias, sinks), fast_mode=True)
+
+
+@pytest.mark.parametrize("axes", [(1, 1, 5, 5), (2, 1, 1, 5), (1, 2, 5, 1), (2, 2, 5, 5)])
+@every_method
+def test_gradient_of_a_broadcast_bias_has_its_shape(axes, method):
+    q, k, v, _, _ = inputs()
+    bias = torch.randn(axes, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(lambda bias: attention(q, k, v, bias=bias, method=method), (bias,))
+
+
+def test_hessian_jvp_and_vmap_are_those_of_the_formula():
+    q, k, v, _, _ = (x.detach() for x in inputs())
+
+    def run(q):
+        return attention(q, k, v, mask=Mask.causal())
+
+    tangent = torch.ones_like(q)
+    _, pushed = torch.func.jvp(run, (q,), (tangent,))
+    with forward_ad.dual_level():
+        out = forward_ad.unpack_dual(run(forward_ad.make_dual(q, tangent)))
+        assert torch.equal(out.tangent, pushed)
+    jacobian = torch.autograd.functional.jacobian(run, q)
+    assert gradcheck(run, (q.clone().requires_grad_(),), check_forward_ad=True)
+    assert pushed.allclose(jacobian.flatten(4).sum(-1))
+    hessian = torch.func.hessian(lambda q: run(q).sum())(q)
+    expected = torch.autograd.functional.hessian(lambda q: run(q).sum(), q)
+    assert hessian.allclose(expected)
+    batch = torch.stack([q, 2 * q])
+    mapped = torch.func.vmap(run)(batch)
+    assert torch.equal(
+        mapped, torch.stack([attention(x, k, v, mask=Mask.causal(), method="exact") for x in batch])
+    )
+
+
+def test_second_derivative_through_dropout_is_refused():
+    q, k, v, _, _ = inputs()
+    out = attention(q, k, v, dropout_p=0.5, training=True, method="tiled")
+    with pytest.raises(RuntimeError, match=r'dropout_p=0.5. Pass method="exact"'):
+        torch.autograd.grad(out.sum(), q, create_graph=True)
+    out = attention(q, k, v, dropout_p=0.5, training=True, method="exact")
+    first = torch.autograd.grad(out.sum(), q, create_graph=True)[0]
+    assert torch.autograd.grad(first.sum(), k)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mask", MASKS)
+def test_compiled_attention_has_no_graph_break_and_agrees(dtype, mask):
+    q, k, v, _, _ = inputs(dtype=dtype)
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda q, k, v: attention(q, k, v, mask=MASKS[mask]), fullgraph=True, backend="aot_eager"
+    )
+    exact = attention(q, k, v, mask=MASKS[mask], method="exact")
+    assert torch.equal(compiled(q, k, v), exact)
+
+
+def test_dropout_keeps_the_mean_and_drops_the_share():
+    torch.manual_seed(0)
+    q = torch.zeros(1, 1, 512, 4)
+    v = torch.eye(512)[None, None]
+    for method in METHODS:
+        kept = attention(q, q, v, dropout_p=0.25, training=True, method=method) > 0
+        share = kept.double().mean()
+        # Four standard errors of a mean of 512 * 512 draws.
+        assert abs(share - 0.75) < 4 * math.sqrt(0.75 * 0.25 / 512**2)
+        again = attention(q, q, v, dropout_p=0.25, training=True, method=method) > 0
+        assert not torch.equal(kept, again)
+
+
+def test_auto_says_what_it_took_and_why():
+    q, k, v, _, _ = inputs()
+    assert attention_details(q, k, v).method == "tiled"
+    assert attention_details(q, k, v, weights=True).reason == "weights asked for"
+    assert attention_details(q, k, v, method="exact").reason == "asked for"
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"softcap": 1.0}, "a soft-cap"),
+        ({"sinks": torch.zeros(2)}, "sinks"),
+        ({"dropout_p": 0.5, "training": True}, "dropout on the weights"),
+        ({"bias": torch.zeros(1, 1, 1, 1, requires_grad=True)}, "a bias that wants a gradient"),
+    ],
+)
+def test_fused_says_what_it_cannot_express(options, why):
+    q, k, v, _, _ = inputs(dtype=torch.float32)
+    with pytest.raises(ValueError, match=f"got method='fused' with {why}"):
+        attention(q, k, v, method="fused", **options)
+
+
+def test_methods_say_what_they_cannot_express():
+    q, k, v, _, _ = inputs()
+    with pytest.raises(ValueError, match="values of another width"):
+        attention(q, k, v[..., :1], method="fused")
+    with pytest.raises(ValueError, match="an axis of size 0"):
+        attention(q[:, :, :0], k, v, method="fused")
+    with pytest.raises(ValueError, match="method='fused' with details asked for"):
+        attention_details(q, k, v, method="fused")
+    with pytest.raises(ValueError, match="method='tiled' with weights asked for"):
+        attention_details(q, k, v, method="tiled", weights=True)
+    with pytest.raises(ValueError, match=r"method='tiled' with a .*func transform"):
+        torch.func.vmap(lambda q: attention(q, k, v, method="tiled"))(q[None])
+
+
+Q, K, V, B, S = (x.detach() for x in inputs(dtype=torch.float32))
+KEEP = torch.ones(2, 5, dtype=torch.bool)
+REFUSED = [
+    ({"q": [1.0]}, TypeError, "q must be a torch.Tensor, got q=list"),
+    ({"q": Q.long()}, TypeError, "q must have a floating-point dtype, got q=torch.int64"),
+    ({"q": Q[0]}, ValueError, r"q must have 4 axes \(b, h, t, d\), got .*\(2, 5, 3\)"),
+    ({"k": K[0]}, ValueError, r"k must have 4 axes \(b, g, s, d\)"),
+    ({"v": V[0]}, ValueError, r"v must have 4 axes \(b, g, s, e\)"),
+    ({"k": K.double()}, TypeError, "k must have the dtype of q, got k with torch.float64"),
+    ({"v": V.half()}, TypeError, "v must have the dtype of q"),
+    (
+        {"q": Q.to(torch.float8_e4m3fn)},
+        TypeError,
+        "q must be float64, float32, bfloat16 or float16",
+    ),
+    ({"k": K.to("meta")}, ValueError, "k must have the device of q, got k with meta"),
+    ({"k": K[:1]}, ValueError, "k must have the batch size of q, got k with 1 and q with 2"),
+    ({"v": V[:, :, :3]}, ValueError, "v must have the number of keys of k, got v with 3"),
+    ({"v": torch.cat([V, V], 1)}, ValueError, "v must have the number of heads of k"),
+    ({"k": K[..., :2]}, ValueError, "k must have the head dim of q, got k with 2 and q with 3"),
+    (
+        {"k": K.expand(2, 3, 5, 3), "v": V.expand(2, 3, 5, 3)},
+        ValueError,
+        r"k.shape\[1\] must divide q.shape\[1\], got k.shape\[1\]=3 and q.shape\[1\]=2",
+    ),
+    ({"mask": KEEP}, ValueError, r"mask must have 4 axes .*Mask.padding\(keep\) for \(b, s\)"),
+    ({"mask": torch.ones(5, 5).bool()}, ValueError, r"mask\[None, None\] for \(t, s\)"),
+    ({"mask": torch.zeros(1, 1, 5, 5)}, TypeError, "mask must be boolean .*pass it as bias="),
+    ({"mask": torch.zeros(1, 1, 5, 5).byte()}, TypeError, r"torch.uint8.*mask.bool\(\)"),
+    ({"mask": "causal"}, TypeError, "mask must be a Mask, got mask=str"),
+    ({"mask": torch.ones(2, 1, 5, 4).bool()}, ValueError, "allowed must cover the 5 keys"),
+    ({"mask": torch.ones(3, 1, 5, 5).bool()}, ValueError, "mask must have batch size 1 or 2"),
+    ({"mask": torch.ones(2, 3, 5, 5).bool()}, ValueError, "mask must have heads 1 or 2"),
+    ({"mask": Mask.padding(KEEP.to("meta"))}, ValueError, "mask must be on cpu, got .*meta"),
+    ({"bias": B[0]}, ValueError, "bias must have 4 axes"),
+    (
+        {"bias": KEEP[None, None]},
+        TypeError,
+        "bias must have a floating.*A boolean belongs in mask=",
+    ),
+    ({"bias": B[..., :2]}, ValueError, r"bias must have each axis full or 1 .*\(2, 2, 5, 5\)"),
+    ({"bias": B.to("meta")}, ValueError, "bias must have the device of q"),
+    ({"sinks": torch.zeros(3)}, ValueError, r"sinks must have shape \(2,\), got .*\(3,\)"),
+    ({"sinks": torch.zeros(2).long()}, TypeError, "sinks must have a floating-point dtype"),
+    ({"scale": math.nan}, ValueError, "scale must be finite, got scale=nan"),
+    ({"scale": math.inf}, ValueError, "scale must be finite, got scale=inf"),
+    ({"scale": "1"}, TypeError, "scale must be a number, got scale='1'"),
+    ({"softcap": 0.0}, ValueError, "softcap must be positive, got softcap=0.0"),
+    ({"softcap": math.inf}, ValueError, "softcap must be finite"),
+    ({"dropout_p": 1.0, "training": True}, ValueError, r"dropout_p must be in \[0, 1\), got .*1.0"),
+    ({"dropout_p": -0.1, "training": True}, ValueError, r"dropout_p must be in \[0, 1\)"),
+    ({"dropout_p": math.nan, "training": True}, ValueError, "got dropout_p=nan"),
+    ({"dropout_p": "0", "training": True}, TypeError, "dropout_p must be a number"),
+    ({"dropout_p": 0.1}, ValueError, "training must be True or False where dropout_p > 0"),
+    ({"training": 1}, TypeError, "training must be None, True or False, got training=1"),
+    ({"method": "flash"}, ValueError, "method must be one of 'auto', 'fused', 'tiled', 'exact'"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "text"), REFUSED)
+@pytest.mark.parametrize("function", [attention, attention_details])
+def test_attention_refuses_bad_arguments_and_says_why(function, options, error, text):
+    arguments = {"q": Q, "k": K, "v": V, **options}
+    with pytest.raises(error, match=text):
+        function(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
