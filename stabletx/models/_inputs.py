@@ -26,6 +26,18 @@ class Inputs:
         """Say which keys are real; None where all are, or packing says so already."""
         return None if self.keep is None or self.plan is not None else Mask.padding(self.keep)
 
+    @property
+    def width(self) -> int:
+        """Give the tokens of a padded row, or of the longest packed sequence."""
+        if self.plan is None:
+            return self.ids.shape[1]
+        return self.plan.shape[1] if len(self.plan.shape) == 2 else self.plan.max_length
+
+    @property
+    def key_mask(self) -> Mask | None:
+        """Say which keys are real in the padded layout, for those who attend to a context."""
+        return None if self.keep is None else Mask.padding(self.keep)
+
     def restore(self, x: Tensor) -> Tensor:  # (*ids.shape, ...) -> the caller's layout
         """Bring the blocks' result into the caller's layout, with 0 at padding."""
         if self.plan is not None:

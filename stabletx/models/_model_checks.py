@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from stabletx._checks import check_finite_number, must
+from torch import Tensor
+
+from stabletx._checks import check_finite_number, check_positive, must
 
 
 def check_flag(argument: str, value: object) -> None:
@@ -94,3 +96,31 @@ def pickled_weights(folder: object, name: str) -> str:
         "A pickle can run any code when read, so none is. Convert it to safetensors where it is "
         "trusted.",
     )
+
+
+def check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
+    """Refuse settings that cannot pick a token."""
+    check_positive("max_new_tokens", max_new_tokens)
+    check_finite_number("temperature", temperature)
+    if temperature < 0:
+        instead = "0 takes the best token each time."
+        raise ValueError(must("temperature", "be at least 0", temperature, instead))
+    check_finite_number("top_p", top_p)
+    if not 0 < top_p <= 1:
+        raise ValueError(must("top_p", "be in (0, 1]", top_p, "1 keeps every token."))
+
+
+def check_has_bos(bos_id: int | None) -> int:
+    """Give the id that begins what is written; refuse its absence."""
+    if bos_id is None:
+        instead = "Pass bos_id=... to TransformerConfig."
+        raise ValueError(must("config.bos_id", "be given for an encoder-decoder", None, instead))
+    return bos_id
+
+
+def given(argument: str, value: Tensor | None) -> Tensor:
+    """Give a tensor; refuse its absence."""
+    if value is None:
+        instead = "To write a target, call generate."
+        raise ValueError(must(argument, "be given, or decoder_input_ids", None, instead))
+    return value

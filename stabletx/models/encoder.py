@@ -76,6 +76,7 @@ class Encoder(StoredModel):
 
     def encode(self, inputs: Inputs) -> Tensor:  # (*inputs.ids.shape, m)
         """Encode without leaving the layout of ``inputs``."""
+        self.stem.check_length(inputs.width)
         x, rotation = self.stem(inputs.ids, inputs.positions)
         mask = inputs.mask
         for block in self.blocks:

@@ -1,0 +1,120 @@
+"""Decoding one token at a time: what is remembered, and how the next token is picked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import final
+
+import torch
+from torch import Tensor
+
+from stabletx.functional.softmax import softmax
+from stabletx.layers.cache import KeyValueCache
+from stabletx.masks import Mask
+from stabletx.models import _model_checks
+from stabletx.models.config import TransformerConfig
+
+
+@final
+class DecoderCache:
+    """What a decoder remembers of a batch: every layer's keys and values, and which are real.
+
+    Args:
+        config: of the model.
+        batch_size: sequences decoded together.
+        capacity: tokens that fit, prompt, padding and context apart.
+        context_len: tokens of the context, for an encoder-decoder.
+        like: a weight of the model, for dtype and device.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        batch_size: int,
+        capacity: int,
+        *,
+        like: Tensor,
+        context_len: int = 0,
+    ) -> None:
+        device = like.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else like.dtype
+
+        def make(n_tokens: int) -> list[KeyValueCache]:
+            n_kv_heads = config.n_heads if config.n_kv_heads is None else config.n_kv_heads
+            sizes = (batch_size, n_kv_heads, n_tokens, config.d_model // config.n_heads)
+            layers = range(config.n_layers)
+            return [KeyValueCache(*sizes, dtype=dtype, device=like.device) for _ in layers]
+
+        self.layers = make(capacity)
+        self.context = make(context_len) if context_len else []
+        self._keep = torch.ones(batch_size, capacity, dtype=torch.bool, device=like.device)
+        self._n_real = torch.zeros(batch_size, 1, dtype=torch.int64, device=like.device)
+        self._has_padding = False
+
+    @property
+    def length(self) -> int:
+        """Give the number of tokens so far, padding included."""
+        return self.layers[0].length
+
+    def place(self, n_tokens: int, keep: Tensor | None) -> tuple[Tensor, Mask | None]:
+        """Take note of new tokens; give their positions (b, t) and what they may see.
+
+        Args:
+            n_tokens: how many are new.
+            keep: (b, t) bool, which of them are real; None: all.
+        """
+        end = self.length + n_tokens
+        if keep is None:
+            new = torch.arange(1, n_tokens + 1, device=self._n_real.device)[None]
+        else:
+            self._has_padding = True
+            self._keep[:, self.length : end] = keep
+            new = keep.cumsum(1)
+        counts = self._n_real + new
+        if n_tokens:
+            self._n_real = counts[:, -1:]
+        mask = Mask.padding(self._keep[:, :end]) if self._has_padding else None
+        return (counts - 1).clamp(min=0), mask
+
+    def __repr__(self) -> str:
+        return f"DecoderCache({len(self.layers)} layers, {self.layers[0]!r})"
+
+
+def write_tokens(
+    logits: Tensor,  # (b, vocab_size), for the first new token
+    advance: Callable[[Tensor], Tensor],  # (b, 1) ids -> (b, vocab_size)
+    config: TransformerConfig,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    generator: torch.Generator | None,
+) -> Tensor:  # (b, at most max_new_tokens)
+    """Pick tokens until every row has ended; what follows an end is ``pad_id``."""
+    _model_checks.check_sampling(max_new_tokens, temperature, top_p)
+    ended = torch.zeros(logits.shape[0], dtype=torch.bool, device=logits.device)
+    written: list[Tensor] = []
+    while True:
+        picked = _pick(logits, temperature, top_p, generator)
+        picked = torch.where(ended, config.pad_id, picked)
+        written.append(picked)
+        if config.eos_id is not None:
+            ended = ended | (picked == config.eos_id)
+        # The one place that waits for a GPU, and only where an end is known.
+        if len(written) == max_new_tokens or (config.eos_id is not None and bool(ended.all())):
+            return torch.stack(written, dim=1)
+        logits = advance(picked[:, None])
+
+
+def _pick(
+    logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None
+) -> Tensor:  # (b, vocab_size) -> (b,)
+    if temperature == 0 or 0 in logits.shape:
+        return logits.argmax(-1)
+    weights, ids = softmax(logits.float() / temperature).sort(dim=-1, descending=True)
+    if top_p < 1:
+        # A token stays while those before it have not reached top_p: the first always does.
+        weights = torch.where(weights.cumsum(-1) - weights < top_p, weights, 0.0)
+    drawn = torch.multinomial(weights, 1, generator=generator)
+    return ids.gather(-1, drawn)[:, 0]
