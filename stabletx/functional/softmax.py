@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stabletx import _checks
 from stabletx._precision import compute_dtype
+from stabletx.functional._magnitude import surely_within
 
 
 def softmax(
@@ -42,8 +43,9 @@ def softmax(
     >>> softmax(torch.zeros(3), allowed=torch.tensor([True, True, False]))
     tensor([0.5000, 0.5000, 0.0000])
     """
-    scores, counts, _ = _filled(x, dim, allowed)
-    return torch.where(counts, torch.softmax(scores, dim), 0.0).to(x.dtype)
+    scores, counts = _filled(x, dim, allowed)
+    weights = torch.softmax(scores, dim)
+    return (weights if counts is None else torch.where(counts, weights, 0.0)).to(x.dtype)
 
 
 def log_softmax(
@@ -74,8 +76,9 @@ def log_softmax(
     >>> log_softmax(torch.tensor([0.0, 0.0, -torch.inf]))
     tensor([-0.6931, -0.6931,    -inf])
     """
-    scores, counts, _ = _filled(x, dim, allowed)
-    return torch.where(counts, torch.log_softmax(scores, dim), -torch.inf).to(x.dtype)
+    scores, counts = _filled(x, dim, allowed)
+    log_p = torch.log_softmax(scores, dim)
+    return (log_p if counts is None else torch.where(counts, log_p, -torch.inf)).to(x.dtype)
 
 
 def logsumexp(
@@ -106,28 +109,30 @@ def logsumexp(
     >>> logsumexp(torch.tensor([[1000.0, 1000.0], [-torch.inf, -torch.inf]]))
     tensor([1000.6932,      -inf])
     """
-    scores, _, has_any = _filled(x, dim, allowed)
-    has_any = has_any.squeeze(dim)
+    scores, counts = _filled(x, dim, allowed)
     if x.shape[dim] == 0:  # there is no largest of nothing
-        return torch.where(has_any, 0.0, -torch.inf).to(x.dtype)
+        return scores.sum(dim).fill_(-torch.inf).to(x.dtype)
     top = scores.detach().amax(dim, keepdim=True)
-    total = torch.exp(scores - top).sum(dim)
-    return torch.where(has_any, torch.log(total) + top.squeeze(dim), -torch.inf).to(x.dtype)
+    lse = torch.log(torch.exp(scores - top).sum(dim)) + top.squeeze(dim)
+    return (lse if counts is None else torch.where(counts.any(dim), lse, -torch.inf)).to(x.dtype)
 
 
-def _filled(x: Tensor, dim: int, allowed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Give the scores with -inf where they do not count, which ones count, and which rows have any.
+def _filled(x: Tensor, dim: int, allowed: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Give the scores with -inf where they do not count, and where they do; None: everywhere.
 
-    A row without any is all zeros. NaN counts: only -inf and the mask take a score out.
+    A row where none counts is all zeros. NaN counts: only -inf and the mask take a score out.
     """
     _checks.check_float("x", x)
     _checks.check_dim(dim, x)
-    counts = x != -torch.inf
-    if allowed is not None:
+    scores = x.to(compute_dtype(x.dtype))
+    if allowed is None:
+        if surely_within(x, torch.finfo(x.dtype).max):
+            return scores, None
+        counts = x != -torch.inf
+    else:
         _checks.check_bool("allowed", allowed)
         _checks.check_broadcasts("allowed", allowed, "x", x.shape)
         _checks.check_same("device", "allowed", allowed.device, "x", x.device)
-        counts = counts & allowed
-    has_any = counts.any(dim, keepdim=True)
-    fill = torch.where(has_any, -torch.inf, 0.0)
-    return torch.where(counts, x.to(compute_dtype(x.dtype)), fill), counts, has_any
+        counts = (x != -torch.inf) & allowed
+    fill = torch.where(counts.any(dim, keepdim=True), -torch.inf, 0.0)
+    return torch.where(counts, scores, fill), counts
