@@ -1,0 +1,108 @@
+"""How a run goes unless told otherwise: every default of ``fit`` and ``stabletx train``."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from stabletx import _checks
+from stabletx._checks import must
+from stabletx.models import TransformerConfig
+from stabletx.training.schedule import DECAYS, Decay
+
+Precision = Literal["auto", "float32", "bfloat16"]
+Monitor = Literal["macro_f1", "loss"]
+ClassWeights = Literal["none", "balanced"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """Say how to train; checked when made.
+
+    Args:
+        seed: for weights drawn by the caller's program, the order of batches and dropout.
+        epochs: times through the train rows at most.
+        max_seconds: wall-clock limit for ``fit``, seconds; the learning rate then follows the
+            clock where that is ahead of the epochs, and the run is not repeatable to the bit.
+        batch_tokens: real tokens a batch at most, never below the longest row.
+        lr: highest learning rate.
+        weight_decay: of matrices; norms and biases have none. As in ``torch.optim.AdamW``.
+        warmup: share of the run in which the learning rate rises, in [0, 1).
+        decay: how the learning rate falls afterwards: "cosine", "linear" or "none".
+        clip_norm: largest norm of a gradient.
+        label_smoothing: probability in [0, 1) spread over all classes.
+        class_weights: "balanced" weighs each class by the reverse of its share of the train rows.
+        token_dropout: probability in [0, 1) that a token but the first becomes the unknown one.
+        monitor: the validation figure by which the best epoch is chosen.
+        patience: validations without a better figure after which to stop; None never does.
+        precision: "auto" is bfloat16 autocast on a GPU that has it, float32 elsewhere.
+        save_seconds: time between two checkpoints in mid-epoch, seconds.
+
+    Raises:
+        ValueError: for a number out of its range or an unknown choice.
+    """
+
+    seed: int = 0
+    epochs: int = 10
+    max_seconds: float | None = None
+    batch_tokens: int = 2048
+    lr: float = 2e-3
+    weight_decay: float = 0.05
+    warmup: float = 0.1
+    decay: Decay = "cosine"
+    clip_norm: float = 1.0
+    label_smoothing: float = 0.1
+    class_weights: ClassWeights = "none"
+    token_dropout: float = 0.1
+    monitor: Monitor = "macro_f1"
+    patience: int | None = None
+    precision: Precision = "auto"
+    save_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(must("seed", "be an int of at least 0", repr(self.seed)))
+        for name in ("epochs", "batch_tokens"):
+            _checks.check_positive(name, getattr(self, name))
+        if self.patience is not None:
+            _checks.check_positive("patience", self.patience)
+        for name in ("lr", "clip_norm", "save_seconds", "max_seconds"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not 0 < value < math.inf:
+                raise ValueError(must(name, "be positive and finite", value))
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(must("weight_decay", "be at least 0 and finite", self.weight_decay))
+        for name in ("warmup", "label_smoothing", "token_dropout"):
+            _checks.check_probability(name, getattr(self, name))
+        _checks.check_one_of("decay", self.decay, DECAYS)
+        _checks.check_one_of("class_weights", self.class_weights, ("none", "balanced"))
+        _checks.check_one_of("monitor", self.monitor, ("macro_f1", "loss"))
+        _checks.check_one_of("precision", self.precision, ("auto", "float32", "bfloat16"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return every field as what JSON can hold."""
+        return dataclasses.asdict(self)
+
+
+def default_model(
+    vocab_size: int, labels: Sequence[str], *, max_seq_len: int = 256, pad_id: int = 0
+) -> TransformerConfig:
+    """Describe the classifier that ``stabletx train`` trains from nothing.
+
+    >>> default_model(8000, ["ham", "spam"]).n_classes
+    2
+    """
+    return TransformerConfig(
+        vocab_size=vocab_size,
+        d_model=64,
+        n_layers=2,
+        n_heads=4,
+        max_seq_len=max_seq_len,
+        dropout_p=0.1,
+        labels=tuple(labels),
+        pad_id=pad_id,
+    )
