@@ -1,0 +1,167 @@
+"""The forward half of the bound: scores, weights, output.
+
+The letters: a row has scores ``s_j``, maximum ``m``, weights ``p_j``, output ``o``; ``u`` is the
+unit roundoff of the compute dtype. A hat marks what a kernel computes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stabletx.testing._problem import Problem, times_power
+from stabletx.testing._units import LOST, Units
+from stabletx.testing.reference import Rows, sech2
+
+# An absolute error of a score past which its exponential says nothing; exp of it stays finite.
+_LARGE = 60.0
+# Elements of the (rows, s, e) block that is looked at in one go.
+_CHUNK = 1 << 21
+_NOTHING = 1e-300
+
+
+class ForwardErrors(NamedTuple):
+    """Absolute errors of the forward pass, in the scaled units of the problem."""
+
+    out: Tensor  # (b, h, t, e), before the output is rounded to its dtype
+    exact: Tensor  # (b, h, t, e), the exact output
+    weights: Tensor  # (b, h, t, s), normalised weights
+    sink: Tensor  # (b, h, t), the weight of the sink
+    products: Tensor  # (b, h, t, s), scale * q k^T
+    row_sum: float  # by how much the computed weights of a row may miss the sum 1
+
+
+def forward_errors(problem: Problem, rows: Rows, units: Units) -> ForwardErrors:
+    """Bound the computed weights and output of every row.
+
+    The computed output is ``sum p(1 + theta)(1 + phi) v / sum p(1 + theta)(1 + psi)`` with
+    ``|theta_j| <= t_j``, ``|phi|, |psi| <= g``, so that
+    ``|o^ - o| <= (sum p t |v - o| + g sum p(1 + t)|v| + g(1 + T)|o|) / (1 - T - g)``.
+    The factor ``|v - o|``, not ``|v|``, is what keeps it tight.
+    """
+    n = problem.k.shape[2]
+    products, eta = _score_errors(problem, rows, units)
+    t = eta.expm1() + units.exp * eta.exp()
+    sink_t = _sink_error(problem, rows, units)
+    p, sink_pt = rows.weights, rows.sink_weight * sink_t
+    # A maximum that runs along is updated, and everything rescaled, once a block.
+    rescales = -(-n // units.profile.block)
+    g = min(units.dot(n + 3) + units.steps((units.profile.exp_ulps + 3) * rescales), LOST)
+    total = (p * t).sum(-1) + sink_pt
+    room = 1.0 - total - g
+    exact = torch.einsum("bhts,bhse->bhte", p, problem.v)
+    size = problem.v.abs()
+    spread, hull = _spreads(problem, p * t, exact, hulls=bool((room <= 0.5).any()))
+    raw = spread + sink_pt.unsqueeze(-1) * exact.abs()
+    raw = raw + (units.weights + g) * torch.einsum("bhts,bhse->bhte", p * (1 + t), size)
+    raw = (raw + g * (1 + total).unsqueeze(-1) * exact.abs()) / room.clamp(min=_NOTHING)[..., None]
+    if hull is not None:
+        # Whatever the weights, a mean lies between the values it is a mean of.
+        capped = hull + (units.weights + 3 * g) * (hull + exact.abs())
+        raw = torch.where(room[..., None] > 0, torch.minimum(raw, capped), capped)
+    floor = _flushed(problem, rows, eta, units)
+    raw = raw + torch.einsum("bhts,bhse->bhte", floor, size)
+    raw = raw + scaled((n + 2) * units.grain, -problem.powers["v"])
+    # A weight is e(1 + theta) / (sum (1 + psi)), and never more than about 1.
+    gain = (1 + g) ** 2 * (1 + 3 * units.u) / room.clamp(min=_NOTHING)
+    most = 1 + 4 * g if g < 0.5 else LOST
+    weights = (p * ((1 + t) * gain[..., None] - 1)).clamp(max=most) + floor
+    sink = (rows.sink_weight * ((1 + sink_t) * gain - 1)).clamp(max=most)
+    weights = torch.where(problem.allowed, weights, 0.0)
+    return ForwardErrors(raw, exact, weights, sink, products, 3 * g)
+
+
+def stored(error: Tensor, exact: Tensor, units: Units, *, strict: bool = True) -> Tensor:
+    """Add the rounding to the output's dtype.
+
+    A result past the dtype's range may become anything. Where not strict, so may one that its
+    error can push past it; the output itself is a mean of values and has no such excuse.
+    """
+    largest = torch.finfo(units.out_dtype).max
+    out_grain = torch.finfo(units.out_dtype).tiny * torch.finfo(units.out_dtype).eps
+    bound = error + units.out * (exact.abs() + error) + out_grain
+    leaves = exact.abs() > largest if strict else exact.abs() + bound > largest
+    return torch.where(leaves, torch.inf, bound)
+
+
+def scaled(x: float, power: int) -> Tensor:
+    """Return a number times a power of two, as a tensor that may underflow quietly."""
+    return times_power(torch.tensor(x, dtype=torch.float64), power)
+
+
+def _score_errors(problem: Problem, rows: Rows, units: Units) -> tuple[Tensor, Tensor]:
+    """Bound the errors of ``scale * q k^T`` and of the score less its maximum.
+
+    The shift by the maximum cancels; what is left of it is the rounding of the difference.
+    """
+    power = problem.powers["q"] + problem.powers["k"]
+    sizes = torch.einsum("bhtd,bhsd->bhts", problem.q.abs(), problem.k.abs())
+    # d products and sums, a rounded scale or its root on both sides, the change to base 2.
+    d = problem.q.shape[3]
+    per_dot = units.dot(d) + units.steps(7)
+    products = times_power(abs(problem.scale) * per_dot * sizes, power)
+    x = times_power(rows.products, power)
+    eta, score = products, x
+    if problem.softcap is not None:
+        cap = problem.softcap
+        moved = products + 2 * units.u * x.abs()
+        score = cap * (x / cap).tanh()
+        eta = sech2((x.abs() - moved).clamp(min=0.0) / cap) * moved
+        eta = torch.minimum(eta, 2 * torch.tensor(cap).double()) + (units.exp + units.u) * score.abs()
+    eta = eta + units.scores * score.abs()
+    shift = times_power((rows.scores - rows.row_max.unsqueeze(-1)).abs(), rows.power)
+    eta = eta + 3 * units.u * torch.where(problem.allowed, shift, 0.0)
+    if problem.bias is not None:
+        largest = torch.where(problem.allowed, score.abs(), 0.0).amax(-1, keepdim=True)
+        eta = eta + units.u * (problem.bias.abs() + 2 * score.abs() + largest)
+        eta = eta + units.scores * problem.bias.abs()
+    return products, eta.nan_to_num(nan=_LARGE).clamp(max=_LARGE)
+
+
+def _sink_error(problem: Problem, rows: Rows, units: Units) -> Tensor:  # (b, h, t)
+    """Bound the relative error of the sink's exponential."""
+    if problem.sinks is None:
+        return torch.zeros_like(rows.row_max)
+    sinks = problem.sinks.clamp(min=-1e300)[None, :, None]
+    shift = (sinks - times_power(rows.row_max, rows.power)).abs()
+    eta = 3 * units.u * shift + (units.scores + units.u) * sinks.abs()
+    eta = torch.where(problem.sinks.isneginf()[None, :, None], 0.0, eta).clamp(max=_LARGE)
+    return eta.expm1() + units.exp * eta.exp()
+
+
+def _flushed(problem: Problem, rows: Rows, eta: Tensor, units: Units) -> Tensor:
+    """Bound what is lost where an exponential falls below the normal range and may become 0."""
+    shift = times_power(rows.scores - rows.row_max.unsqueeze(-1), rows.power)
+    low = problem.allowed & ((shift - eta).exp() < 4 * units.tiny)
+    return torch.where(low, rows.weights.clamp(max=4 * units.tiny) + 2 * units.grain, 0.0)
+
+
+def _spreads(
+    problem: Problem, moved: Tensor, exact: Tensor, *, hulls: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Sum ``moved |v - o|`` over the keys; on demand the width of the values that a row sees."""
+    t, s = moved.shape[2:]
+    spread = torch.zeros_like(exact)
+    hull = torch.zeros_like(exact) if hulls else None
+    step = max(1, _CHUNK // max(1, s * exact.shape[3]))
+    sink = 0.0 if problem.sinks is not None else torch.nan
+    for b in range(moved.shape[0]):
+        for h in range(moved.shape[1]):
+            for i in range(0, t, step):
+                rows = slice(i, i + step)
+                far = (problem.v[b, h][None] - exact[b, h, rows, None]).abs()
+                spread[b, h, rows] = torch.einsum("ts,tse->te", moved[b, h, rows], far)
+                if hull is not None and s:
+                    seen = problem.allowed[b, h, rows].unsqueeze(-1)
+                    value = torch.where(seen, problem.v[b, h][None], sink).nan_to_num(nan=torch.nan)
+                    hull[b, h, rows] = _width(value, exact[b, h, rows])
+    return spread, hull
+
+
+def _width(values: Tensor, exact: Tensor) -> Tensor:
+    """Return the distance between the largest and the smallest value, NaN left out."""
+    high = torch.where(values.isnan(), -torch.inf, values).amax(1)
+    low = torch.where(values.isnan(), torch.inf, values).amin(1)
+    return torch.where(high < low, 0.0, high - low).to(exact.dtype)

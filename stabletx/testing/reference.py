@@ -1,0 +1,261 @@
+"""Attention in float64, written to be read: the judge of every other implementation.
+
+It shares no code with the rest of the library. Pairs that a mask blocks do not exist: nothing
+that lies there is ever touched by arithmetic.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stabletx.testing._problem import Problem, prepare, sum_over_groups, times_power
+
+
+class Reference(NamedTuple):
+    """What :func:`reference_attention` returns, all float64 and on the CPU.
+
+    Attributes:
+        out: (b, h, t, e).
+        weights: (b, h, t, s), exactly 0 where blocked.
+        lse: (b, h, t), logsumexp of a row's scores with the sink; -inf for an empty row.
+        max_score: (b, h, t), the largest allowed score, the sink left out; -inf for an empty row.
+        entropy: (b, h, t), nats; 0 for an empty row.
+    """
+
+    out: Tensor
+    weights: Tensor
+    lse: Tensor
+    max_score: Tensor
+    entropy: Tensor
+
+
+class Gradients(NamedTuple):
+    """Gradients in the shapes of the inputs, float64; None where the input is."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dbias: Tensor | None = None
+    dsinks: Tensor | None = None
+
+
+class Rows(NamedTuple):
+    """The softmax of a problem, before anything non-finite is put back."""
+
+    scores: Tensor  # (b, h, t, s), times 2 ** -power; -inf where blocked
+    power: int  # exponent taken out of the scores, 0 for ordinary magnitudes
+    products: Tensor  # (b, h, t, s), scale * q k^T before softcap and bias
+    weights: Tensor  # (b, h, t, s)
+    sink_weight: Tensor  # (b, h, t), 0 without a sink
+    row_max: Tensor  # (b, h, t), the sink included, 0 for an empty row, times 2 ** -power
+    log_sum: Tensor  # (b, h, t), log of the sum of exp(score - row_max)
+
+
+def softmax_rows(problem: Problem) -> Rows:
+    """Compute scores and weights of every row."""
+    power = problem.powers["q"] + problem.powers["k"]
+    products = problem.scale * torch.einsum("bhtd,bhsd->bhts", problem.q, problem.k)
+    scores = products
+    if problem.softcap is not None:
+        scores = problem.softcap * torch.tanh(times_power(products, power) / problem.softcap)
+        power = 0
+    if problem.bias is not None:
+        scores = scores + times_power(problem.bias, -power)
+    scores = scores.masked_fill(~problem.allowed, -torch.inf)
+    empty = torch.full((*scores.shape[:-1], 1), -torch.inf, dtype=torch.float64)
+    sink = empty
+    if problem.sinks is not None:
+        sink = times_power(problem.sinks, -power)[None, :, None, None].expand_as(empty)
+    row_max = torch.cat([scores, sink], dim=-1).amax(-1)
+    row_max = torch.where(row_max.isneginf(), 0.0, row_max)
+    exps = times_power(scores - row_max.unsqueeze(-1), power).exp()
+    sink_exp = times_power(sink.squeeze(-1) - row_max, power).exp()
+    total = exps.sum(-1) + sink_exp
+    divisor = torch.where(total == 0, 1.0, total)
+    return Rows(
+        scores=scores,
+        power=power,
+        products=products,
+        weights=exps / divisor.unsqueeze(-1),
+        sink_weight=sink_exp / divisor,
+        row_max=row_max,
+        log_sum=total.log(),
+    )
+
+
+def reference_attention(
+    q: Tensor,  # (b, h, t, d)
+    k: Tensor,  # (b, g, s, d)
+    v: Tensor,  # (b, g, s, e)
+    *,
+    mask: Tensor | None = None,  # bool, (b, h, t, s), each axis full or 1
+    bias: Tensor | None = None,  # (b, h, t, s), each axis full or 1
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,  # (h,)
+) -> Reference:
+    """Compute attention in float64, as exactly as the formula allows.
+
+    Args:
+        q: queries of any float dtype; head ``i`` reads key/value head ``i * g // h``.
+        k: keys.
+        v: values.
+        mask: True = may attend.
+        bias: added to the scaled, soft-capped scores; -inf blocks.
+        scale: factor on the products; None takes ``d ** -0.5``.
+        softcap: ``softcap * tanh(scores / softcap)``; None leaves the scores alone.
+        sinks: one score a head that joins each row's denominator only.
+
+    Returns:
+        Output, weights and row statistics. An empty row has output and weights 0. A row that
+        attends something that is not finite is NaN (a value: in its own channels only).
+
+    Raises:
+        ValueError: shapes that do not fit.
+        TypeError: a mask that is not boolean with 4 axes.
+
+    Numerics: float64 with powers of two taken out of huge inputs; within a few ulps of the
+        condition scale, for every finite input in any dtype.
+    Source: Vaswani et al. (2017), section 3.2.1.
+
+    >>> q = k = torch.zeros(1, 1, 1, 4)
+    >>> reference_attention(q, k, torch.full((1, 1, 1, 2), 3.0)).out
+    tensor([[[[3., 3.]]]], dtype=torch.float64)
+    """
+    options = {"mask": mask, "bias": bias, "scale": scale, "softcap": softcap, "sinks": sinks}
+    problem = prepare(q, k, v, None, **options)  # type: ignore[arg-type]
+    rows = softmax_rows(problem)
+    nan = problem.nan_rows
+    out = times_power(_weighted_values(problem, rows), problem.powers["v"])
+    nan_out = nan.unsqueeze(-1) | _reaches(problem.allowed, problem.nan_v)
+    max_score = rows.scores.amax(-1) if rows.scores.shape[-1] else torch.full_like(rows.row_max, -torch.inf)
+    log_weights = times_power(rows.scores - rows.row_max.unsqueeze(-1), rows.power)
+    log_weights = log_weights - rows.log_sum.unsqueeze(-1)
+    surprise = torch.where(rows.weights > 0, -rows.weights * log_weights, 0.0)
+    return Reference(
+        out=out.masked_fill(nan_out, torch.nan),
+        weights=rows.weights.masked_fill(nan.unsqueeze(-1) & problem.allowed, torch.nan),
+        lse=(times_power(rows.row_max, rows.power) + rows.log_sum).masked_fill(nan, torch.nan),
+        max_score=times_power(max_score, rows.power).masked_fill(nan, torch.nan),
+        entropy=surprise.sum(-1).masked_fill(nan, torch.nan),
+    )
+
+
+def reference_gradients(
+    q: Tensor,  # (b, h, t, d)
+    k: Tensor,  # (b, g, s, d)
+    v: Tensor,  # (b, g, s, e)
+    grad_out: Tensor,  # (b, h, t, e)
+    *,
+    mask: Tensor | None = None,  # bool, (b, h, t, s), each axis full or 1
+    bias: Tensor | None = None,  # (b, h, t, s), each axis full or 1
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,  # (h,)
+) -> Gradients:
+    """Compute the gradients of ``(attention * grad_out).sum()`` in float64, by formula.
+
+    Args:
+        q: as in :func:`reference_attention`, like all that is not named here.
+        k: keys.
+        v: values.
+        grad_out: upstream gradient. What it holds in empty rows is never looked at.
+        mask: True = may attend.
+        bias: added to the scores; its gradient is summed over the axes of size 1.
+        scale: None takes ``d ** -0.5``.
+        softcap: None leaves the scores alone.
+        sinks: one score a head.
+
+    Returns:
+        dq, dk, dv, dbias and dsinks. A row that attends something that is not finite has NaN in
+        dq and passes it on to what it attends, and to nothing else.
+
+    Raises:
+        ValueError: shapes that do not fit.
+        TypeError: a mask that is not boolean with 4 axes.
+
+    Numerics: float64 with powers of two taken out of huge inputs.
+    Source: Dao et al. (2022), appendix B.2.
+
+    >>> one = torch.ones(1, 1, 1, 1)
+    >>> reference_gradients(one, one, one, one).dv
+    tensor([[[[1.]]]], dtype=torch.float64)
+    """
+    options = {"mask": mask, "bias": bias, "scale": scale, "softcap": softcap, "sinks": sinks}
+    problem = prepare(q, k, v, grad_out, **options)  # type: ignore[arg-type]
+    rows = softmax_rows(problem)
+    back = score_gradients(problem, rows)
+    eq, ek, ev, eg = (problem.powers[name] for name in ("q", "k", "v", "g"))
+    n_groups = problem.n_kv_heads
+    assert problem.grad_out is not None
+    dq = problem.scale * torch.einsum("bhts,bhsd->bhtd", back.products, problem.k)
+    dk = problem.scale * torch.einsum("bhts,bhtd->bhsd", back.products, problem.q)
+    dv = torch.einsum("bhts,bhte->bhse", rows.weights, problem.grad_out)
+    # A row is lost for q and k where anything in it is not finite; for v only where its weights are.
+    lost = problem.nan_rows | (_reaches(problem.allowed, problem.nan_v) | problem.nan_g).any(-1)
+    nan_k = (problem.allowed & lost.unsqueeze(-1)).any(-2)
+    nan_v = (problem.allowed & problem.nan_rows.unsqueeze(-1)).any(-2).unsqueeze(-1)
+    nan_v = nan_v | _reaches(problem.allowed.transpose(-1, -2), problem.nan_g)
+    dbias = dsinks = None
+    if problem.bias is not None:
+        full = times_power(back.scores, ev + eg)
+        full = full.masked_fill(lost.unsqueeze(-1) & problem.allowed, torch.nan)
+        dbias = full.sum_to_size(problem.bias_shape)
+    if problem.sinks is not None:
+        pulls = times_power(-rows.sink_weight * back.mean, ev + eg)
+        dsinks = pulls.masked_fill(lost, torch.nan).sum((0, 2))
+    nan_k4, nan_q4 = nan_k.unsqueeze(-1), lost.unsqueeze(-1)
+    return Gradients(
+        dq=times_power(dq, ek + ev + eg).masked_fill(nan_q4, torch.nan),
+        dk=sum_over_groups(times_power(dk, eq + ev + eg).masked_fill(nan_k4, torch.nan), n_groups),
+        dv=sum_over_groups(times_power(dv, eg).masked_fill(nan_v, torch.nan), n_groups),
+        dbias=dbias,
+        dsinks=dsinks,
+    )
+
+
+class ScoreGradients(NamedTuple):
+    """The backward pass down to the scores, in the scaled units of the problem."""
+
+    pulls: Tensor  # (b, h, t, s), grad_out . v
+    mean: Tensor  # (b, h, t), the weighted mean of the pulls; a sink pulls with 0
+    scores: Tensor  # (b, h, t, s), gradient of the scores
+    products: Tensor  # (b, h, t, s), gradient of scale * q k^T, below the soft-cap
+
+
+def score_gradients(problem: Problem, rows: Rows) -> ScoreGradients:
+    """Take the upstream gradient back to the scores."""
+    assert problem.grad_out is not None
+    pulls = torch.einsum("bhte,bhse->bhts", problem.grad_out, problem.v)
+    mean = (rows.weights * pulls).sum(-1)
+    scores = rows.weights * (pulls - mean.unsqueeze(-1))
+    products = scores
+    if problem.softcap is not None:
+        power = problem.powers["q"] + problem.powers["k"]
+        products = scores * sech2(times_power(rows.products, power) / problem.softcap)
+    return ScoreGradients(pulls, mean, scores, products)
+
+
+def sech2(x: Tensor) -> Tensor:
+    """Compute ``1 - tanh(x) ** 2`` without cancellation."""
+    small = (-2.0 * x.abs()).exp()
+    return 4.0 * small / (1.0 + small) ** 2
+
+
+def _weighted_values(problem: Problem, rows: Rows) -> Tensor:
+    out = torch.einsum("bhts,bhse->bhte", rows.weights, problem.v)
+    if not problem.v.shape[2]:
+        return out
+    # A mean is no larger than what it is a mean of; rounding could lift it past the largest float.
+    largest = problem.v.abs().amax(2, keepdim=True)
+    return out.clamp(-largest, largest)
+
+
+def _reaches(allowed: Tensor, bad: Tensor) -> Tensor:
+    """Tell which rows see a bad entry, channel by channel: (..., t, s), (..., s, e) -> (..., t, e)."""
+    if not bad.any():
+        return torch.zeros(*allowed.shape[:-1], bad.shape[-1], dtype=torch.bool)
+    return torch.einsum("bhts,bhse->bhte", allowed.double(), bad.double()) > 0

@@ -1,0 +1,33 @@
+"""Tolerances that are computed: how far rounding alone can move a result, element by element.
+
+Each function takes the inputs of a computation and returns absolute bounds in float64. The
+derivations stand where they are computed; none of them holds a number that was tuned.
+"""
+
+from stabletx.testing._attention_bound import (
+    Bound,
+    attention_error_bound,
+    condition_scales,
+)
+from stabletx.testing.rounding import (
+    Mode,
+    Profile,
+    condition_ulps,
+    gamma,
+    smallest_subnormal,
+    spacing,
+    unit_roundoff,
+)
+
+__all__ = [
+    "Bound",
+    "Mode",
+    "Profile",
+    "attention_error_bound",
+    "condition_scales",
+    "condition_ulps",
+    "gamma",
+    "smallest_subnormal",
+    "spacing",
+    "unit_roundoff",
+]
