@@ -17,4 +17,4 @@ def surely_within(x: Tensor, limit: float) -> bool:
     if not values_may_be_read(x) or not x.numel():
         return False
     low, high = torch.aminmax(x.detach())
-    return bool((low >= -limit) & (high <= limit))
+    return -limit <= float(low) and float(high) <= limit  # false for NaN
