@@ -10,7 +10,7 @@ from stabletx import _checks
 from stabletx._precision import is_sixteen_bit
 from stabletx.functional.attention import Method, attention
 from stabletx.masks import Mask
-from stabletx.packing import Plan
+from stabletx.packing import Plan, Run
 
 
 def packed_attention(
@@ -58,14 +58,14 @@ def packed_attention(
         return _varlen(q, k, v, plan, is_causal)
     mask = Mask.causal() if is_causal else None
     outs = []
-    for start, n_rows, length in plan.runs:
-        if length == 0:
-            continue
+    # Even no token at all goes through attention once, so that every weight gets a gradient.
+    runs = [run for run in plan.runs if run.length] or [Run(0, 1, 0)]
+    for start, n_rows, length in runs:
         run = slice(start, start + n_rows * length)
         heads = (rearrange(x[run], "(b t) h d -> b h t d", b=n_rows) for x in (q, k, v))
         out = attention(*heads, mask=mask, dropout_p=dropout_p, training=training, method=method)
         outs.append(rearrange(out, "b h t e -> (b t) h e"))
-    return torch.cat(outs) if outs else v.new_zeros(0, q.shape[1], v.shape[2])
+    return torch.cat(outs)
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, plan: Plan, is_causal: bool) -> Tensor:

@@ -86,8 +86,6 @@ class ClassificationHead(nn.Module):
         return self._scores(together.index_select(0, plan.rank))
 
     def _pooled(self, x: Tensor, keep: Tensor | None) -> Tensor:  # (b, t, m) -> (b, m)
-        if x.shape[1] == 0:
-            return x.new_zeros(x.shape[0], x.shape[2])
         work = x.to(compute_dtype(x.dtype))
         if keep is not None:
             # What lies at padding is left out by selection: it may be anything, NaN too.
@@ -96,15 +94,15 @@ class ClassificationHead(nn.Module):
 
     def _weighted(self, x: Tensor, keep: Tensor | None) -> Tensor:
         if self.pooling == "first":
-            if keep is None:
-                return x[:, 0]
+            if keep is None or x.shape[1] == 0:
+                return x[:, :1].sum(1)  # 0 where there is no token
             first = keep.to(torch.uint8).argmax(1)  # 0 where there is none: a token put to 0
             return x.take_along_dim(first[:, None, None], dim=1)[:, 0]
         if self.attend is None:
-            if keep is None:
-                return x.mean(1)
-            n_tokens = keep.sum(1, keepdim=True).clamp(min=1)
-            return x.sum(1) / n_tokens
+            n_tokens: int | Tensor = max(x.shape[1], 1)
+            if keep is not None:
+                n_tokens = keep.sum(1).clamp(min=1)[:, None, None]
+            return (x / n_tokens).sum(1)  # divided first: the sum of large values may overflow
         scores = nn.functional.linear(x, self.attend.weight.to(x.dtype))[..., 0]
         weights = softmax(scores, allowed=keep)
         return (weights[..., None] * x).sum(1)

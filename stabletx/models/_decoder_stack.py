@@ -59,7 +59,7 @@ class DecoderStack(nn.Module):
         self.stem.check_length(inputs.width + (0 if cache is None else cache.length))
         positions, mask = inputs.positions, inputs.mask
         if cache is not None:
-            positions, mask = cache.place(inputs.ids.shape[1], inputs.keep)
+            positions, mask = cache.place(inputs.ids, inputs.keep)
         x, rotation = self.stem(inputs.ids, positions)
         for i, block in enumerate(self.blocks):
             x = block(

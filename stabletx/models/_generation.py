@@ -8,6 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from stabletx import _checks
 from stabletx.functional.softmax import softmax
 from stabletx.layers.cache import KeyValueCache
 from stabletx.masks import Mask
@@ -49,7 +50,6 @@ class DecoderCache:
         self.layers = make(capacity)
         self.context = make(context_len) if context_len else []
         self._keep = torch.ones(batch_size, capacity, dtype=torch.bool, device=like.device)
-        self._n_real = torch.zeros(batch_size, 1, dtype=torch.int64, device=like.device)
         self._has_padding = False
 
     @property
@@ -57,25 +57,29 @@ class DecoderCache:
         """Give the number of tokens so far, padding included."""
         return self.layers[0].length
 
-    def place(self, n_tokens: int, keep: Tensor | None) -> tuple[Tensor, Mask | None]:
-        """Take note of new tokens; give their positions (b, t) and what they may see.
+    def place(self, ids: Tensor, keep: Tensor | None) -> tuple[Tensor, Mask | None]:
+        """Take note of new tokens; give their positions and what they may see.
 
         Args:
-            n_tokens: how many are new.
+            ids: (b, t), the new tokens.
             keep: (b, t) bool, which of them are real; None: all.
+
+        Returns:
+            Positions (b, t), or (t,) where no token so far is padding; the mask of all keys.
+
+        Raises:
+            ValueError: for another batch size, or more tokens than there is room for.
         """
-        end = self.length + n_tokens
-        if keep is None:
-            new = torch.arange(1, n_tokens + 1, device=self._n_real.device)[None]
-        else:
-            self._has_padding = True
-            self._keep[:, self.length : end] = keep
-            new = keep.cumsum(1)
-        counts = self._n_real + new
-        if n_tokens:
-            self._n_real = counts[:, -1:]
-        mask = Mask.padding(self._keep[:, :end]) if self._has_padding else None
-        return (counts - 1).clamp(min=0), mask
+        batch_size, capacity = self._keep.shape
+        start, end = self.length, self.length + ids.shape[1]
+        _checks.check_same("batch size", "input_ids", ids.shape[0], "cache", batch_size)
+        _checks.check_cache_has_room(end, capacity)
+        self._has_padding = self._has_padding or keep is not None
+        if not self._has_padding:
+            return torch.arange(start, end, device=ids.device), None
+        self._keep[:, start:end] = True if keep is None else keep
+        known = self._keep[:, :end]
+        return (known.cumsum(1) - 1).clamp(min=0)[:, start:], Mask.padding(known)
 
     def __repr__(self) -> str:
         return f"DecoderCache({len(self.layers)} layers, {self.layers[0]!r})"

@@ -1,0 +1,37 @@
+import pytest
+import torch
+
+from stabletx.functional import gelu, swiglu
+from stabletx.layers import FeedForward
+from stabletx.layers import feed_forward as module
+
+
+def test_feed_forward_is_its_formula():
+    x = torch.randn(3, 8)
+    plain, gated = FeedForward(8, 12), FeedForward(8, 12, activation="swiglu", use_bias=False)
+    assert torch.equal(plain(x), plain.out(gelu(plain.widen(x))))
+    gate, up = gated.widen(x).split(12, dim=-1)
+    assert torch.equal(gated(x), gated.out(swiglu(gate, up)))
+
+
+def test_swiglu_has_about_the_weights_of_gelu_by_default():
+    assert FeedForward(96).widen.out_features == 384
+    assert FeedForward(96, activation="swiglu").widen.out_features == 2 * 256
+    assert FeedForward(100, activation="swiglu").out.in_features % 8 == 0
+
+
+@pytest.mark.parametrize("shape", [(10, 8), (2, 5, 8), (0, 8)])
+def test_long_inputs_in_pieces_are_the_whole(same_function, monkeypatch, shape):
+    @torch.no_grad()
+    def run(dtype, at_once):
+        monkeypatch.setattr(module, "TOKENS_AT_ONCE", at_once)
+        torch.manual_seed(0)
+        layer = FeedForward(8).to(dtype)
+        return [layer(torch.randn(shape, dtype=torch.float64).to(dtype))]
+
+    same_function(lambda dtype: run(dtype, 100), lambda dtype: run(dtype, 3))
+
+
+def test_feed_forward_refuses_a_size_that_is_not_positive():
+    with pytest.raises(ValueError, match=r"d_ff must be positive, got d_ff=0"):
+        FeedForward(8, 0)

@@ -1,0 +1,148 @@
+"""Models in folders: the same bits back, and clear words where a file is damaged."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stabletx.models import (
+    Decoder,
+    Encoder,
+    EncoderDecoder,
+    SequenceClassifier,
+    TransformerConfig,
+)
+
+CONFIG = TransformerConfig(30, 16, 2, 4, labels=("a", "b"), bos_id=1)
+MODELS = [Encoder, Decoder, EncoderDecoder, SequenceClassifier]
+IDS = torch.arange(8).view(2, 4)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    torch.manual_seed(0)
+    SequenceClassifier(CONFIG).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def outputs(model):
+    options = {"labels": IDS} if isinstance(model, EncoderDecoder) else {}
+    return model.eval()(IDS, **options).to_tuple()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_model_comes_back_to_the_bit(tmp_path, kind, dtype):
+    made = kind(CONFIG).to(dtype)
+    made.save_pretrained(tmp_path / "new" / "folder")
+    again = kind.from_pretrained(tmp_path / "new" / "folder")
+    assert again.config == CONFIG
+    assert not again.training
+    assert all(x.requires_grad for x in again.parameters())
+    for a, b in zip(outputs(made), outputs(again), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_folder_says_what_it_holds(folder):
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_type"] == "stabletx"
+    assert config["architectures"] == ["SequenceClassifier"]
+    assert config["labels"] == ["a", "b"]
+    assert sorted(x.name for x in folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_reading_a_model_draws_no_random_number(folder):
+    before = torch.get_rng_state()
+    SequenceClassifier.from_pretrained(folder)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("where", ["safetensors.torch.save_file", "os.replace", "os.fsync"])
+def test_a_save_that_fails_leaves_the_last_model_whole(folder, monkeypatch, where):
+    before = {x.name: x.read_bytes() for x in folder.iterdir()}
+
+    def fail(*args, **options):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, fail)
+        with pytest.raises(OSError, match=r"No space left"):
+            SequenceClassifier(CONFIG).save_pretrained(folder)
+    assert {x.name: x.read_bytes() for x in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_missing_file_is_named(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"folder must hold {name}"):
+        SequenceClassifier.from_pretrained(folder)
+    with pytest.raises(FileNotFoundError, match=r"folder must hold config\.json"):
+        SequenceClassifier.from_pretrained(folder / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("{", r"config\.json must be a whole and fitting file, got: Expecting"),
+        ("[]", r"config\.json .* it holds a list, not an object"),
+        ("{}", r"config\.json .* its model_type is None, not 'stabletx'"),
+        ('{"model_type": "bert"}', r"config\.json .* its model_type is 'bert'"),
+    ],
+)
+def test_a_damaged_configuration_is_named(folder, text, match):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=match):
+        SequenceClassifier.from_pretrained(folder)
+
+
+def test_bytes_that_are_no_text_are_named(folder):
+    (folder / "config.json").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(ValueError, match=r"config\.json .*can't decode"):
+        SequenceClassifier.from_pretrained(folder)
+
+
+def test_a_configuration_with_a_wrong_value_is_named(folder):
+    values = json.loads((folder / "config.json").read_text())
+    for change, match in (({"n_heads": 3}, "n_heads=3"), ({"size": 1}, "unknown: size")):
+        (folder / "config.json").write_text(json.dumps({**values, **change}))
+        with pytest.raises(ValueError, match=rf"config\.json .*{match}"):
+            SequenceClassifier.from_pretrained(folder)
+
+
+def test_another_kind_of_model_is_refused(folder):
+    with pytest.raises(ValueError, match=r"describes \['SequenceClassifier'\], not \['Encoder'\]"):
+        Encoder.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 100, -1])
+def test_damaged_weights_are_named(folder, keep):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"model\.safetensors must be a whole and fitting file"):
+        SequenceClassifier.from_pretrained(folder)
+
+
+def test_weights_that_do_not_fit_are_listed(folder):
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    weights["extra"] = weights.pop("head.out.bias")
+    weights["encoder.norm.bias"] = torch.zeros(3)
+    weights["encoder.norm.weight"] = torch.zeros(16, dtype=torch.int64)
+    save_file(weights, path)
+    with pytest.raises(ValueError, match=r"model\.safetensors") as caught:
+        SequenceClassifier.from_pretrained(folder)
+    for fault in (
+        "missing head.out.bias",
+        "unexpected extra",
+        "encoder.norm.bias of shape (3,) instead of (16,)",
+        "encoder.norm.weight of dtype torch.int64",
+    ):
+        assert fault in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pkl"])
+def test_a_pickle_is_refused_unread(folder, name):
+    (folder / "model.safetensors").rename(folder / name)
+    with pytest.raises(ValueError, match=rf"{name}. A pickle can run any code when read"):
+        SequenceClassifier.from_pretrained(folder)

@@ -1,0 +1,135 @@
+"""Plans, packed batches and attention over them."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stabletx import attention
+from stabletx.functional.packed import packed_attention
+from stabletx.masks import Mask
+from stabletx.packing import Packed, Plan
+
+
+@st.composite
+def keeps(draw):
+    """Draw any padding: right, left, holed, none, all, and batches without rows or columns."""
+    b, n = draw(st.integers(0, 6), label="b"), draw(st.integers(0, 7), label="n")
+    rows = st.lists(st.booleans(), min_size=n, max_size=n)
+    kept = draw(st.lists(rows, min_size=b, max_size=b), label="keep")
+    return torch.tensor(kept, dtype=torch.bool).view(b, n)
+
+
+@given(keep=keeps())
+def test_plan_of_padding_takes_every_real_token_and_puts_it_back(keep):
+    x = torch.arange(1.0, keep.numel() * 2 + 1).view(*keep.shape, 2)
+    plan = Plan.of_padding(keep)
+    packed = plan.pack(x)
+    assert packed.shape == (keep.sum(), 2)
+    assert torch.equal(plan.unpack(packed), torch.where(keep[..., None], x, 0.0))
+
+
+@given(keep=keeps())
+def test_plan_counts_positions_within_a_sequence(keep):
+    plan = Plan.of_padding(keep)
+    assert torch.equal(plan.positions, plan.pack(keep.cumsum(1) - 1))
+
+
+@given(keep=keeps())
+def test_plan_orders_sequences_by_length_in_runs(keep):
+    plan = Plan.of_padding(keep)
+    lengths = [run.length for run in plan.runs for _ in range(run.n_rows)]
+    assert lengths == sorted(keep.sum(1).tolist(), reverse=True)
+    assert len({run.length for run in plan.runs}) == len(plan.runs)
+    assert [lengths[place] for place in plan.rank.tolist()] == keep.sum(1).tolist()
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    assert plan.cumulative_lengths().tolist() == starts.tolist()
+    assert plan.max_length == max(lengths, default=0)
+    for run in plan.runs:
+        assert run.start in starts.tolist()
+
+
+@given(keep=keeps())
+def test_plan_of_lengths_is_that_of_padding(keep):
+    by_padding, by_lengths = Plan.of_padding(keep), Plan.of_lengths(keep.sum(1))
+    assert by_padding.runs == by_lengths.runs
+    assert torch.equal(by_padding.positions, by_lengths.positions)
+    tokens = torch.arange(keep.numel()).view(keep.shape)
+    assert torch.equal(by_padding.pack(tokens), by_lengths.pack(tokens[keep]))
+    assert torch.equal(by_lengths.unpack(by_lengths.pack(tokens[keep])), tokens[keep])
+
+
+def test_plan_leads_gradients_to_real_tokens_alone():
+    keep = torch.tensor([[True, False, True], [False, False, False]])
+    plan = Plan.of_padding(keep)
+    x = torch.ones(2, 3, 1, requires_grad=True)
+    plan.unpack(plan.pack(x) * 3).sum().backward()
+    assert torch.equal(x.grad[..., 0], 3.0 * keep)
+
+
+def test_packed_says_what_it_holds():
+    packed = Packed(torch.zeros(3, 4), torch.tensor([1, 0, 2]))
+    assert repr(packed) == "Packed(tokens of shape (3, 4), lengths [1, 0, 2])"
+
+
+@pytest.mark.parametrize(
+    ("lengths", "error", "match"),
+    [
+        (torch.tensor([1, 1]), ValueError, "sum to the number of tokens, 3, got .* sum 2"),
+        (torch.tensor([4]), ValueError, "sum to the number of tokens, 3, got .* sum 4"),
+        (torch.tensor([4, -1]), ValueError, "at least 0, got lengths=-1"),
+        (torch.tensor([3.0]), TypeError, "hold integers, got lengths=torch.float32"),
+        (torch.tensor([[3]]), ValueError, r"have 1 axes \(b\), got .*\(1, 1\)"),
+        (torch.empty(1, dtype=torch.int64, device="meta"), ValueError, "on the CPU, got .* meta"),
+    ],
+)
+def test_packed_refuses_lengths_that_do_not_divide_up_the_tokens(lengths, error, match):
+    with pytest.raises(error, match=match):
+        Packed(torch.zeros(3), lengths)
+
+
+def heads(n_tokens, h=4, g=2, d=4):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(n_tokens, n, d) for n in (h, g, g)]
+    return [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_packed_attention_is_that_of_each_sequence_alone(is_causal):
+    lengths = [0, 3, 1, 3, 0, 2]
+    plan = Plan.of_lengths(torch.tensor(lengths))
+    inputs = [x.requires_grad_() for x in heads(sum(lengths))]
+    together = plan.unpack(packed_attention(*map(plan.pack, inputs), plan, is_causal=is_causal))
+    mask = Mask.causal() if is_causal else None
+    parts, start = [], 0
+    for n in lengths:
+        q, k, v = (x[start : start + n].transpose(0, 1)[None] for x in inputs)
+        parts.append(attention(q, k, v, mask=mask)[0].transpose(0, 1))
+        start += n
+    alone = torch.cat(parts)
+    # One head of one sequence is one unit of the kernel's work, whatever lies beside it.
+    assert torch.equal(together, alone)
+    grads = [torch.autograd.grad(out.square().sum(), inputs) for out in (together, alone)]
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_packed_attention_keeps_a_poisoned_sequence_to_itself():
+    plan = Plan.of_lengths(torch.tensor([3, 3]))
+    q, k, v = heads(6)
+    clean = packed_attention(q, k, v, plan)
+    k[4] = torch.nan
+    poisoned = packed_attention(q, k, v, plan)
+    assert torch.equal(poisoned[:3], clean[:3])
+    assert poisoned[3:].isnan().all()
+
+
+def test_packed_attention_refuses_other_tokens_than_the_plan_has():
+    plan = Plan.of_lengths(torch.tensor([2]))
+    with pytest.raises(ValueError, match=r"number of tokens"):
+        packed_attention(*heads(3), plan)
+
+
+def test_packed_attention_of_no_token_is_empty():
+    plan = Plan.of_lengths(torch.tensor([0, 0]))
+    assert packed_attention(*heads(0), plan).shape == (0, 4, 4)
