@@ -55,3 +55,30 @@ def last_attention(model: nn.Module, ids: Sequence[int]) -> Tensor:  # (h, t, s)
         handle.remove()
     assert weights is not None
     return weights[0].cpu()
+
+
+def pick_examples(
+    lengths: Sequence[int], probabilities: Tensor, truth: Tensor, *, longest: int = 24
+) -> list[int]:
+    """Return two rows worth looking at: short, rightly and surely labelled, of different classes.
+
+    Args:
+        lengths: tokens of each row.
+        probabilities: (n, c).
+        truth: (n,).
+        longest: tokens that still make a readable picture; longer rows come only where there are
+            no others.
+    """
+    confidence, predicted = probabilities.max(1)
+    order = sorted(
+        range(len(lengths)),
+        key=lambda row: (
+            not 6 <= lengths[row] <= longest,
+            bool(predicted[row] != truth[row]),
+            max(lengths[row] - longest, 0),
+            -float(confidence[row]),
+        ),
+    )
+    first = order[:1]
+    other = [row for row in order[1:] if truth[row] != truth[first[0]]]
+    return first + (other or order[1:])[:1]

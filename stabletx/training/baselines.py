@@ -63,7 +63,7 @@ def tfidf_baseline(
 
     started = time.perf_counter()
     words: Any = TfidfVectorizer(
-        sublinear_tf=True, ngram_range=(1, 2), max_features=MAX_FEATURES, dtype="float32"
+        sublinear_tf=True, ngram_range=(1, 2), max_features=MAX_FEATURES
     )
     places = {label: place for place, label in enumerate(labels)}
     train_truth: list[int] = []
@@ -71,7 +71,9 @@ def tfidf_baseline(
     model: Any = LogisticRegression(C=10.0, max_iter=_MAX_ITERATIONS)
     model.fit(features, train_truth)
     truth: list[int] = []
-    found = torch.from_numpy(model.predict_proba(words.transform(_texts(_full(test), truth, places))))
+    found = torch.from_numpy(
+        model.predict_proba(words.transform(_texts(_full(test), truth, places)))
+    )
     probabilities = torch.zeros(len(truth), len(labels), dtype=found.dtype)
     probabilities[:, torch.from_numpy(model.classes_).long()] = found
     metrics = classification_metrics(probabilities, torch.tensor(truth), labels)
@@ -92,9 +94,7 @@ def _full(examples: Iterable[Example]) -> Iterator[Example]:
     return (example for example in examples if example.text.strip())
 
 
-def _texts(
-    examples: Iterable[Example], truth: list[int], places: dict[str, int]
-) -> Iterator[str]:
+def _texts(examples: Iterable[Example], truth: list[int], places: dict[str, int]) -> Iterator[str]:
     """Yield texts, and note their classes on the way."""
     for text, label in examples:
         truth.append(places[label])
