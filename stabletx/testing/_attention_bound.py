@@ -141,11 +141,12 @@ def condition_scales(
     pulls = torch.einsum("bhte,bhse->bhts", g, problem.v.abs())
     scores = p * (pulls + (p * pulls).sum(-1, keepdim=True))
     size = abs(problem.scale)
+    dq = size * torch.einsum("bhts,bhsd->bhtd", scores, problem.k.abs())
     dk = size * torch.einsum("bhts,bhtd->bhsd", scores, problem.q.abs())
     dv = torch.einsum("bhts,bhte->bhse", p, g)
     return Bound(
         out=out,
-        dq=times_power(size * torch.einsum("bhts,bhsd->bhtd", scores, problem.k.abs()), ek + ev + eg),
-        dk=sum_over_groups(times_power(dk, eq + ev + eg), problem.n_kv_heads),
-        dv=sum_over_groups(times_power(dv, eg), problem.n_kv_heads),
+        dq=times_power(dq, ek + ev + eg),
+        dk=times_power(sum_over_groups(dk, problem.n_kv_heads), eq + ev + eg),
+        dv=times_power(sum_over_groups(dv, problem.n_kv_heads), eg),
     )

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stabletx.testing._forward_bound import ForwardErrors, scaled, stored
+from stabletx.testing._forward_bound import HUGE, ForwardErrors, scaled, stored
 from stabletx.testing._problem import Problem, sum_over_groups, times_power
 from stabletx.testing._units import Units
 from stabletx.testing.reference import Rows, ScoreGradients, sech2
@@ -58,9 +58,9 @@ def gradient_bounds(
     lost = units.grain * max(1.0, size)
 
     def grouped(error: Tensor, exact: Tensor, power: int) -> Tensor:
-        total = sum_over_groups(times_power(error, power), problem.n_kv_heads)
+        total = times_power(sum_over_groups(error, problem.n_kv_heads), power)
         total = total + (n_rows + 2) * lost
-        exact = sum_over_groups(times_power(exact, power), problem.n_kv_heads)
+        exact = times_power(sum_over_groups(exact, problem.n_kv_heads), power)
         return torch.where(used, stored(total, exact, units, strict=False), 0.0)
 
     bound_q = times_power(dq, ek + ev + eg) + (s + 2) * lost
@@ -133,7 +133,8 @@ def _through_softcap(
     """Multiply by ``1 - tanh(x)^2``, whose own error is relative to 1, not to itself."""
     if problem.softcap is None:
         return scores
-    x = times_power(rows.products, problem.powers["q"] + problem.powers["k"]).abs()
+    power = problem.powers["q"] + problem.powers["k"]
+    x = times_power(rows.products, power).abs().clamp(max=HUGE)
     moved = forward.products + 2 * units.u * x
     most = sech2((x - moved).clamp(min=0.0) / problem.softcap)
     least = sech2((x + moved) / problem.softcap)
@@ -154,8 +155,8 @@ def _bias_bound(
         size *= own
     n = max(1, back.scores.numel() // max(1, size))
     error = errors.scores + units.dot(n) * (back.scores.abs() + errors.scores)
-    total = times_power(error, power).sum_to_size(shape)
-    exact = times_power(back.scores, power).sum_to_size(shape)
+    total = times_power(error.sum_to_size(shape), power)
+    exact = times_power(back.scores.sum_to_size(shape), power)
     touched = problem.allowed.double().sum_to_size(shape) > 0
     return torch.where(touched, stored(total, exact, units, strict=False), 0.0)
 
@@ -172,6 +173,6 @@ def _sink_bound(
     term = errors.sink * back.mean.abs() + reach * errors.delta
     term = term + units.dot(n + 3) * reach * (back.mean.abs() + errors.delta)
     term = torch.where(problem.has_key, term, 0.0)
-    exact = times_power(-(rows.sink_weight * back.mean), power).sum((0, 2))
-    total = times_power(term, power).sum((0, 2)) + n * units.grain
+    exact = times_power(-(rows.sink_weight * back.mean).sum((0, 2)), power)
+    total = times_power(term.sum((0, 2)), power) + n * units.grain
     return stored(total, exact, units, strict=False)

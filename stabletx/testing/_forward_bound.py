@@ -19,7 +19,10 @@ from stabletx.testing.reference import Rows, sech2
 _LARGE = 60.0
 # Elements of the (rows, s, e) block that is looked at in one go.
 _CHUNK = 1 << 21
-_NOTHING = 1e-300
+# Stands for infinity where infinities would be subtracted from each other.
+HUGE = 1e300
+# Divides in place of a room that is used up; what comes of it is capped.
+_NOTHING = 1e-30
 
 
 class ForwardErrors(NamedTuple):
@@ -101,20 +104,24 @@ def _score_errors(problem: Problem, rows: Rows, units: Units) -> tuple[Tensor, T
     # d products and sums, a rounded scale or its root on both sides, the change to base 2.
     d = problem.q.shape[3]
     per_dot = units.dot(d) + units.steps(7)
-    products = times_power(abs(problem.scale) * per_dot * sizes, power)
-    x = times_power(rows.products, power)
+    products = times_power(abs(problem.scale) * per_dot * sizes, power).clamp(max=HUGE)
+    x = times_power(rows.products, power).clamp(-HUGE, HUGE)
     eta, score = products, x
     if problem.softcap is not None:
         cap = problem.softcap
         moved = products + 2 * units.u * x.abs()
         score = cap * (x / cap).tanh()
         eta = sech2((x.abs() - moved).clamp(min=0.0) / cap) * moved
-        eta = torch.minimum(eta, 2 * torch.tensor(cap).double()) + (units.exp + units.u) * score.abs()
+        eta = (
+            torch.minimum(eta, 2 * torch.tensor(cap).double()) + (units.exp + units.u) * score.abs()
+        )
     eta = eta + units.scores * score.abs()
     shift = times_power((rows.scores - rows.row_max.unsqueeze(-1)).abs(), rows.power)
     eta = eta + 3 * units.u * torch.where(problem.allowed, shift, 0.0)
     if problem.bias is not None:
-        largest = torch.where(problem.allowed, score.abs(), 0.0).amax(-1, keepdim=True)
+        # A bias that is centred by its row's maximum first is rounded once more.
+        seen = torch.where(problem.allowed, score.abs(), 0.0)
+        largest = seen.amax(-1, keepdim=True) if seen.shape[-1] else seen
         eta = eta + units.u * (problem.bias.abs() + 2 * score.abs() + largest)
         eta = eta + units.scores * problem.bias.abs()
     return products, eta.nan_to_num(nan=_LARGE).clamp(max=_LARGE)

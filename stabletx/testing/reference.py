@@ -131,7 +131,9 @@ def reference_attention(
     nan = problem.nan_rows
     out = times_power(_weighted_values(problem, rows), problem.powers["v"])
     nan_out = nan.unsqueeze(-1) | _reaches(problem.allowed, problem.nan_v)
-    max_score = rows.scores.amax(-1) if rows.scores.shape[-1] else torch.full_like(rows.row_max, -torch.inf)
+    max_score = torch.full_like(rows.row_max, -torch.inf)
+    if rows.scores.shape[-1]:
+        max_score = rows.scores.amax(-1)
     log_weights = times_power(rows.scores - rows.row_max.unsqueeze(-1), rows.power)
     log_weights = log_weights - rows.log_sum.unsqueeze(-1)
     surprise = torch.where(rows.weights > 0, -rows.weights * log_weights, 0.0)
@@ -188,32 +190,42 @@ def reference_gradients(
     problem = prepare(q, k, v, grad_out, **options)  # type: ignore[arg-type]
     rows = softmax_rows(problem)
     back = score_gradients(problem, rows)
-    eq, ek, ev, eg = (problem.powers[name] for name in ("q", "k", "v", "g"))
-    n_groups = problem.n_kv_heads
+    lost = _lost_rows(problem)
+    ev_eg = problem.powers["v"] + problem.powers["g"]
+    dbias = dsinks = None
+    if problem.bias is not None:
+        full = back.scores.masked_fill(lost.unsqueeze(-1) & problem.allowed, torch.nan)
+        dbias = times_power(full.sum_to_size(problem.bias_shape), ev_eg)
+    if problem.sinks is not None:
+        pulls = (-rows.sink_weight * back.mean).masked_fill(lost, torch.nan)
+        dsinks = times_power(pulls.sum((0, 2)), ev_eg)
+    return Gradients(*_input_gradients(problem, rows, back, lost), dbias, dsinks)
+
+
+def _lost_rows(problem: Problem) -> Tensor:  # (b, h, t)
+    """Tell the rows in which something that is not finite meets the gradient of the scores."""
+    return problem.nan_rows | (_reaches(problem.allowed, problem.nan_v) | problem.nan_g).any(-1)
+
+
+def _input_gradients(
+    problem: Problem, rows: Rows, back: ScoreGradients, lost: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Take the gradient of the scores to q and k, and that of the output to v."""
     assert problem.grad_out is not None
     dq = problem.scale * torch.einsum("bhts,bhsd->bhtd", back.products, problem.k)
     dk = problem.scale * torch.einsum("bhts,bhtd->bhsd", back.products, problem.q)
     dv = torch.einsum("bhts,bhte->bhse", rows.weights, problem.grad_out)
-    # A row is lost for q and k where anything in it is not finite; for v only where its weights are.
-    lost = problem.nan_rows | (_reaches(problem.allowed, problem.nan_v) | problem.nan_g).any(-1)
-    nan_k = (problem.allowed & lost.unsqueeze(-1)).any(-2)
+    # Values meet weights only: a row whose weights are whole gives them an exact gradient.
+    nan_k = (problem.allowed & lost.unsqueeze(-1)).any(-2).unsqueeze(-1)
     nan_v = (problem.allowed & problem.nan_rows.unsqueeze(-1)).any(-2).unsqueeze(-1)
     nan_v = nan_v | _reaches(problem.allowed.transpose(-1, -2), problem.nan_g)
-    dbias = dsinks = None
-    if problem.bias is not None:
-        full = times_power(back.scores, ev + eg)
-        full = full.masked_fill(lost.unsqueeze(-1) & problem.allowed, torch.nan)
-        dbias = full.sum_to_size(problem.bias_shape)
-    if problem.sinks is not None:
-        pulls = times_power(-rows.sink_weight * back.mean, ev + eg)
-        dsinks = pulls.masked_fill(lost, torch.nan).sum((0, 2))
-    nan_k4, nan_q4 = nan_k.unsqueeze(-1), lost.unsqueeze(-1)
-    return Gradients(
-        dq=times_power(dq, ek + ev + eg).masked_fill(nan_q4, torch.nan),
-        dk=sum_over_groups(times_power(dk, eq + ev + eg).masked_fill(nan_k4, torch.nan), n_groups),
-        dv=sum_over_groups(times_power(dv, eg).masked_fill(nan_v, torch.nan), n_groups),
-        dbias=dbias,
-        dsinks=dsinks,
+    eq, ek, ev, eg = (problem.powers[name] for name in ("q", "k", "v", "g"))
+    dk = sum_over_groups(dk.masked_fill(nan_k, torch.nan), problem.n_kv_heads)
+    dv = sum_over_groups(dv.masked_fill(nan_v, torch.nan), problem.n_kv_heads)
+    return (
+        times_power(dq, ek + ev + eg).masked_fill(lost.unsqueeze(-1), torch.nan),
+        times_power(dk, eq + ev + eg),
+        times_power(dv, eg),
     )
 
 
