@@ -63,7 +63,7 @@ def cross_entropy(
     """
     _check(logits, labels, ignore_label, class_weights)
     _checks.check_probability("label_smoothing", label_smoothing)
-    _checks.check_between("z_loss", z_loss, 0.0, float("inf"))
+    _checks.check_between("z_loss", z_loss, 0.0, 1.0)
     _checks.check_one_of("reduction", reduction, get_args(Reduction))
     work = compute_dtype(logits.dtype)
     labels = labels.long()

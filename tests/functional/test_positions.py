@@ -174,7 +174,7 @@ def test_derivatives_of_rotate_agree_with_differences_and_transforms(interleaved
 
 
 @each_pairing
-@each_dtype
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compiled_and_autocast_rotate_equal_eager_to_the_bit(interleaved, dtype):
     def function(x, positions):
         return rotate(x, *rotary_tables(positions, 8), interleaved=interleaved)
