@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any, Literal
+from dataclasses import MISSING, FrozenInstanceError, asdict, dataclass, fields
+from typing import Any, Literal, final
 
 from stabletx import _checks
 from stabletx.layers.blocks import NormPosition
@@ -17,41 +17,8 @@ Position = Literal["rotary", "learned", "none"]
 
 
 @dataclass(frozen=True)
-class TransformerConfig:
-    """Describe a model; checked when made, written to and read from ``config.json``.
-
-    Args:
-        vocab_size: token ids are below it.
-        d_model: size of a token; a multiple of ``n_heads``.
-        n_layers: blocks; in an encoder-decoder, of each of the two.
-        n_heads: query heads.
-        n_kv_heads: key/value heads, a divisor of ``n_heads``; None takes ``n_heads``.
-        d_ff: size within the feed-forward part; None: see :class:`stabletx.FeedForward`.
-        max_seq_len: tokens; learned positions end there, others go on.
-        dropout_p: probability for embeddings, branches and the pooled vector, while training.
-        attention_dropout_p: probability for attention weights; leaves the fused kernel.
-        norm_position: "pre" (with a last norm), "post" (embeddings normed instead) or "peri"
-            (both).
-        norm: "layer" or "rms".
-        qk_norm: normalize queries and keys per head.
-        activation: "gelu" or "swiglu".
-        use_bias: whether linear maps within blocks have one.
-        position: "rotary", "learned" or "none". A position counts the real tokens before it.
-        rotary_base: the longest rotary wavelength is ``2 pi`` times this, tokens.
-        pooling: how a classifier pools: "mean", "first" or "attention".
-        labels: names of a classifier's classes.
-        n_classes: of a classifier; None takes the number of labels.
-        pad_id: fills what is not a token.
-        bos_id: begins what an encoder-decoder writes.
-        eos_id: ends what a decoder writes.
-
-    Raises:
-        TypeError: for a value of a wrong kind.
-        ValueError: for a number out of range, heads that do not divide, an unknown choice.
-
-    >>> TransformerConfig(100, 32, 2, 4, labels=("no", "yes")).n_classes
-    2
-    """
+class _Fields:
+    """Hold the fields of :class:`TransformerConfig`, checked, and let none of them change."""
 
     vocab_size: int
     d_model: int
@@ -100,6 +67,50 @@ class TransformerConfig:
         object.__setattr__(self, "labels", labels)
         if labels:
             object.__setattr__(self, "n_classes", len(labels))
+
+
+@final
+class TransformerConfig(_Fields):
+    """Describe a model; checked when made, written to and read from ``config.json``.
+
+    Args:
+        vocab_size: token ids are below it.
+        d_model: size of a token; a multiple of ``n_heads``.
+        n_layers: blocks; in an encoder-decoder, of each of the two.
+        n_heads: query heads.
+        n_kv_heads: key/value heads, a divisor of ``n_heads``; None takes ``n_heads``.
+        d_ff: size within the feed-forward part; None: see :class:`stabletx.FeedForward`.
+        max_seq_len: tokens; learned positions end there, others go on.
+        dropout_p: probability for embeddings, branches and the pooled vector, while training.
+        attention_dropout_p: probability for attention weights; leaves the fused kernel.
+        norm_position: "pre" (with a last norm), "post" (embeddings normed instead) or "peri"
+            (both).
+        norm: "layer" or "rms".
+        qk_norm: normalize queries and keys per head.
+        activation: "gelu" or "swiglu".
+        use_bias: whether linear maps within blocks have one.
+        position: "rotary", "learned" or "none". A position counts the real tokens before it.
+        rotary_base: the longest rotary wavelength is ``2 pi`` times this, tokens.
+        pooling: how a classifier pools: "mean", "first" or "attention".
+        labels: names of a classifier's classes.
+        n_classes: of a classifier; None takes the number of labels.
+        pad_id: fills what is not a token.
+        bos_id: begins what an encoder-decoder writes.
+        eos_id: ends what a decoder writes.
+
+    Raises:
+        TypeError: for a value of a wrong kind.
+        ValueError: for a number out of range, heads that do not divide, an unknown choice.
+
+    >>> TransformerConfig(100, 32, 2, 4, labels=("no", "yes")).n_classes
+    2
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # Hugging Face's Trainer leaves this one note on the configuration of any model.
+        if name != "use_cache":
+            raise FrozenInstanceError(f"cannot assign to field {name!r}")
+        object.__setattr__(self, name, value)
 
     def to_dict(self) -> dict[str, Any]:
         """Give every field as what JSON can hold."""

@@ -17,6 +17,15 @@ def test_config_comes_back_from_json():
 def test_config_cannot_change():
     with pytest.raises(FrozenInstanceError, match=r"cannot assign to field 'd_model'"):
         TransformerConfig(**SIZES).d_model = 8
+    with pytest.raises(FrozenInstanceError, match=r"cannot assign to field 'd_modle'"):
+        TransformerConfig(**SIZES).d_modle = 8
+
+
+def test_config_bears_the_note_of_hugging_faces_trainer():
+    config = TransformerConfig(**SIZES)
+    config.use_cache = False
+    assert config == TransformerConfig(**SIZES)
+    assert config.to_dict() == TransformerConfig(**SIZES).to_dict()
 
 
 @pytest.mark.parametrize(
