@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -49,6 +50,12 @@ class Problem:
     def with_tensors(self, q: Tensor, k: Tensor, v: Tensor) -> Problem:
         """Put other queries, keys and values in their place."""
         return replace(self, q=q, k=k, v=v)
+
+    def map(self, convert: Callable[[Tensor], Tensor]) -> Problem:
+        """Convert every tensor alike."""
+        extras = (None if x is None else convert(x) for x in (self.bias, self.sinks))
+        q, k, v = convert(self.q), convert(self.k), convert(self.v)
+        return self.with_tensors(q, k, v).with_extras(*extras)
 
     def with_extras(self, bias: Tensor | None, sinks: Tensor | None) -> Problem:
         """Put another bias and other sinks in their place."""

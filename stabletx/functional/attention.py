@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 import torch
-from stabletx.functional.softmax import logsumexp, softmax
 from torch import Tensor
 
 from stabletx import _checks
@@ -22,6 +21,7 @@ from stabletx.functional._guards import repeat_heads
 from stabletx.functional._problem import Problem, checked_problem
 from stabletx.functional._sight import Sight, values_may_be_read
 from stabletx.functional.fused import can_fuse, fused
+from stabletx.functional.softmax import logsumexp, softmax
 from stabletx.functional.tiled import tiled
 from stabletx.masks import Mask
 
@@ -241,13 +241,15 @@ def _solve(problem: Problem, sight: Sight, core: _Core) -> _Result:
 
 def _guarded(problem: Problem, sight: Sight, core: _Core) -> _Result:
     """Compute hot rows in float64, and rows near float64's own limit with scaled exponents."""
-    if core is not _formula:
-        hot = _guards.hot_rows(problem, sight)
-        wide = problem.with_tensors(*(x.double() for x in (problem.q, problem.k, problem.v)))
-        tiles = _by_tiles if core is _by_kernel else core
-        cool = _guards.cooled(problem, hot, _guards.LARGEST_ENTRY)
-        return _split(cool, sight, hot, core, lambda: _guarded_wide(wide, sight, tiles))
-    return _guarded_wide(problem, sight, core)
+    hot = _guards.hot_rows(problem, sight)
+    # Both halves come from one float64 copy, so that gradients are added up there.
+    work = compute_dtype(problem.q.dtype)
+    problem = problem.map(torch.Tensor.double)
+    if core is _formula:
+        return _guarded_wide(problem, sight, core)
+    tiles = _by_tiles if core is _by_kernel else core
+    cool = _guards.cooled(problem, hot, _guards.LARGEST_ENTRY).map(lambda x: x.to(work))
+    return _split(cool, sight, hot, core, lambda: _guarded_wide(problem, sight, tiles))
 
 
 def _guarded_wide(problem: Problem, sight: Sight, core: _Core) -> _Result:

@@ -257,8 +257,9 @@ def _gradients(
             part, q, k, v, out, log, 0.0, piece.is_causal, attn_mask=mask, scale=problem.scale
         )
         if len(pieces) == 1 and parts[0].shape == dq.shape and parts[1].shape == dk.shape:
-            return tuple(x.to(dq.dtype) for x in parts)
+            return parts[0].to(dq.dtype), parts[1].to(dq.dtype), parts[2].to(dq.dtype)
         dq[piece.batch, :, piece.rows] = parts[0]
         for whole, part in ((dk, parts[1]), (dv, parts[2])):
             piece.add_keys(whole, part)
-    return tuple(x.to(problem.q.dtype) for x in (dq, dk, dv))
+    dtype = problem.q.dtype
+    return dq.to(dtype), dk.to(dtype), dv.to(dtype)

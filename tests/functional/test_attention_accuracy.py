@@ -1,0 +1,171 @@
+"""Attention stays inside the derived bound, forward and gradients, on every method and dtype."""
+
+import math
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from stabletx import attention
+from stabletx.testing.reference import reference_attention, reference_gradients
+from stabletx.testing.strategies import attention_cases
+from stabletx.testing.tolerances import condition_scales, condition_ulps, spacing
+
+METHODS = ["auto", "tiled", "exact"]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+SIXTEEN_BIT = [torch.bfloat16, torch.float16]
+every_method = pytest.mark.parametrize("method", METHODS)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+# The thorough profile asks for many more: STABLETX_EXAMPLES=100000 python -m pytest ...
+EXAMPLES = int(os.environ.get("STABLETX_EXAMPLES", "500"))
+many = settings(
+    max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), database=None
+)
+
+
+def run(case, method):
+    """Attend to a case; give the output and every gradient that the bound speaks of."""
+    names = ["q", "k", "v", "bias", "sinks"]
+    given_ = {name: getattr(case, name) for name in names if getattr(case, name) is not None}
+    leaves = {name: x.detach().requires_grad_() for name, x in given_.items()}
+    options = {name: leaves.get(name) for name in ("bias", "sinks")}
+    out = attention(
+        leaves["q"], leaves["k"], leaves["v"], mask=case.mask, scale=case.scale,
+        softcap=case.softcap, method=method, **options,
+    )  # fmt: skip
+    grads = torch.autograd.grad(out, list(leaves.values()), case.grad_out)
+    return {"out": out.detach(), **{f"d{n}": x for n, x in zip(leaves, grads, strict=True)}}
+
+
+def occupancy(case, found):
+    """Give the largest share of the bound that any element takes; more than 1 is a fault."""
+    expected = {"out": case.reference().out, **case.gradients()._asdict()}
+    bound = case.bound()._asdict()
+    worst = 0.0
+    for name, actual in found.items():
+        if bound[name] is None:
+            continue
+        error = (actual.double() - expected[name]).abs()
+        fits = torch.where(expected[name].isnan(), actual.isnan(), error <= bound[name])
+        assert fits.all(), (name, float((error / bound[name]).nan_to_num(math.inf).max()))
+        share = (error / bound[name].clamp(min=torch.finfo(torch.float64).tiny)).nan_to_num(0.0)
+        worst = max(worst, float(share.max())) if share.numel() else worst
+    return worst
+
+
+@every_dtype
+@many
+@given(data=st.data())
+def test_every_method_stays_inside_the_bound(dtype, data):
+    case = data.draw(
+        attention_cases(dtypes=[dtype], max_len=65, bias=True, softcap=True, sinks=True, empty=True)
+    )
+    for method in METHODS:
+        share = occupancy(case, run(case, method))
+        assert share <= (0.0 if case.exact else 1.0), method
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@many
+@given(data=st.data())
+def test_extreme_magnitudes_stay_finite_where_the_answer_is(dtype, data):
+    case = data.draw(
+        attention_cases(dtypes=[dtype], max_len=9, extremes=True, bias=True, sinks=True)
+    )
+    largest = torch.finfo(dtype).max
+    expected = {"out": case.reference().out, **case.gradients()._asdict()}
+    bound = case.bound()._asdict()
+    for method in METHODS:
+        for name, actual in run(case, method).items():
+            if bound[name] is None:
+                continue
+            # Where the bound is past the largest value, rounding alone decides: a sum that cancels.
+            representable = expected[name].abs() + bound[name] <= largest
+            assert actual[representable].isfinite().all(), (method, name)
+
+
+def tied_maxima(dtype):
+    """Give half of the keys one and the same direction and the values one sign."""
+    r = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 4, 256, 64, generator=r)
+    k = torch.randn(1, 1, 1, 64, generator=r).expand(1, 4, 256, 64).clone()
+    k[:, :, 128:] = 0.1 * torch.randn(1, 4, 128, 64, generator=r)
+    v = -torch.randn(1, 4, 256, 64, generator=r).abs() - 0.5
+    return [x.to(dtype) for x in (q, k, v)]
+
+
+def dominant_key(dtype):
+    r = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 4, 256, 64, generator=r) for _ in range(2))
+    k[:, :, 3] = 20 * q.mean(2)
+    v = -torch.randn(1, 4, 256, 64, generator=r).abs() - 0.5
+    return [x.to(dtype) for x in (q, k, v)]
+
+
+def measured(q, k, v, method, scale=None):
+    """Give the errors of the output and of three gradients in cULP, and the signed output error."""
+    grad_out = torch.randn(q.shape[:3] + v.shape[3:], generator=torch.Generator().manual_seed(1))
+    grad_out = grad_out.to(q.dtype)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = attention(*leaves, scale=scale, method=method)
+    found = [out.detach(), *torch.autograd.grad(out, leaves, grad_out)]
+    exact = reference_attention(q, k, v, scale=scale).out
+    expected = [exact, *reference_gradients(q, k, v, grad_out, scale=scale)[:3]]
+    scales = condition_scales(q, k, v, scale=scale, grad_out=grad_out)[:4]
+    ulps = [
+        float(condition_ulps(*triple).max()) for triple in zip(found, expected, scales, strict=True)
+    ]
+    return ulps, (found[0].double() - exact) / spacing(exact, q.dtype)
+
+
+@every_method
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
+@pytest.mark.parametrize("family", [tied_maxima, dominant_key])
+def test_sixteen_bit_results_are_rounded_once_and_without_bias(method, dtype, family):
+    ulps, signed = measured(*family(dtype), method)
+    assert max(ulps) <= 0.51
+    z = signed.mean() / (signed.std() / math.sqrt(signed.numel()))
+    assert abs(z) < 3
+
+
+@every_method
+@pytest.mark.parametrize("offset", [0.0, 1e2, 1e4, 1e6])
+def test_a_common_logit_offset_costs_nothing_in_the_gradients(method, offset):
+    r = torch.Generator().manual_seed(0)
+    small = torch.randint(-2, 3, (2, 1, 2, 256, 15), generator=r).float()
+    ones = torch.ones(1, 2, 256, 1)
+    q, k = torch.cat([ones, small[0]], -1), torch.cat([offset * ones, small[1] / 4], -1)
+    v = torch.randn(1, 2, 256, 16, generator=r)
+    ulps, _ = measured(q, k, v, method, scale=1.0)
+    plain, _ = measured(q, torch.cat([0 * ones, small[1] / 4], -1), v, method, scale=1.0)
+    assert max(ulps) <= max(5.0, *plain)
+
+
+@every_method
+@pytest.mark.parametrize("strength", [100.0, 1000.0])
+def test_a_common_direction_of_the_keys_costs_nothing(method, strength):
+    r = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 256, 64, generator=r) for _ in range(3))
+    k = k + strength * torch.randn(1, 1, 1, 64, generator=r)
+    ulps, _ = measured(q, k, v, method)
+    assert max(ulps) <= 10
+
+
+@every_method
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
+def test_outliers_cost_no_more_than_one_rounding(method, dtype):
+    r = torch.Generator().manual_seed(0)
+
+    def outliers():
+        hit = torch.rand(1, 2, 512, 64, generator=r) < 0.001
+        plain = torch.randn(1, 2, 512, 64, generator=r)
+        return (plain + 10 * hit * torch.randn(1, 2, 512, 64, generator=r)).to(dtype)
+
+    q, k, v = outliers(), outliers(), outliers()
+    exact = reference_attention(q, k, v).out
+    error = (attention(q, k, v, method=method).double() - exact).square().mean().sqrt()
+    floor = (exact.to(dtype).double() - exact).square().mean().sqrt()
+    assert error <= 1.02 * floor
