@@ -186,12 +186,15 @@ class AttentionCase:
 
     def to(self, dtype: torch.dtype) -> AttentionCase:
         """Return the case in another dtype, laid out alike."""
-        moved = {
-            name: arranged(getattr(self, name).to(dtype), self.layout) for name in ("q", "k", "v")
-        }
+
+        def moved(x: Tensor) -> Tensor:
+            return arranged(_cast(x, dtype), self.layout)
+
         return replace(
             self,
-            **moved,
+            q=moved(self.q),
+            k=moved(self.k),
+            v=moved(self.v),
             bias=None if self.bias is None else self.bias.to(dtype),
             sinks=None if self.sinks is None else self.sinks.to(dtype),
             grad_out=self.grad_out.to(dtype),
@@ -259,7 +262,7 @@ def _draft(sizes: Shape, family: str, seed: int, dtype: torch.dtype, amplitude: 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast without leaving the range of the dtype."""
     largest = torch.finfo(dtype).max
-    return x.clamp(-largest, largest).to(dtype)
+    return torch.where(x.isfinite(), x.clamp(-largest, largest), x).to(dtype)
 
 
 def _shared(x: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def _outlier(z: Shape, r: torch.Generator, dtype: torch.dtype) -> Draft:
 
 
 def _resonant(z: Shape, r: torch.Generator, dtype: torch.dtype) -> Draft:
-    """Queries and keys share one wave along the head dimension, in phase or in antiphase."""
+    """Let queries and keys share one wave along the head dimension, in phase or antiphase."""
     base = _gaussian(z, r, dtype)
     wave = torch.cos(torch.arange(z.d).double() * 0.7)
     strength = _choice(r, [2.0, 5.0, 12.0])
@@ -75,7 +75,7 @@ def _resonant(z: Shape, r: torch.Generator, dtype: torch.dtype) -> Draft:
 
 
 def _tied(z: Shape, r: torch.Generator, dtype: torch.dtype) -> Draft:
-    """A few keys, repeated, so that every maximum is tied; values of one sign."""
+    """Repeat a few keys, so that every maximum is tied; give values one sign."""
     base = _gaussian(z, r, dtype)
     which = torch.arange(z.s) % 3
     pool = _normal(r, z.b, z.g, 3, z.d)
@@ -83,7 +83,7 @@ def _tied(z: Shape, r: torch.Generator, dtype: torch.dtype) -> Draft:
 
 
 def _dominant(z: Shape, r: torch.Generator, dtype: torch.dtype) -> Draft:
-    """One key wins by far, in either sign of the query."""
+    """Let one key win by far."""
     base = _gaussian(z, r, dtype)
     k = base.k.clone()
     if z.s:
@@ -93,7 +93,7 @@ def _dominant(z: Shape, r: torch.Generator, dtype: torch.dtype) -> Draft:
 
 
 def _sink_key(z: Shape, r: torch.Generator, dtype: torch.dtype) -> Draft:
-    """The first key draws nearly all weight and carries nearly no value."""
+    """Let the first key draw nearly all weight and carry nearly no value."""
     base = _gaussian(z, r, dtype)
     k, v = base.k.clone(), base.v.clone()
     if z.s:
@@ -109,7 +109,7 @@ def _subnormal(z: Shape, r: torch.Generator, dtype: torch.dtype) -> Draft:
 
 
 def _dtype_max(z: Shape, r: torch.Generator, dtype: torch.dtype) -> Draft:
-    """Entries of plus or minus the largest float."""
+    """Fill with plus or minus the largest float."""
     base = _gaussian(z, r, dtype)
     largest = torch.finfo(dtype).max
     return base._replace(
@@ -118,19 +118,19 @@ def _dtype_max(z: Shape, r: torch.Generator, dtype: torch.dtype) -> Draft:
 
 
 def _huge_values(z: Shape, r: torch.Generator, dtype: torch.dtype) -> Draft:
-    """Flat weights on values a quarter of the largest float, all of one sign."""
+    """Put values of a quarter of the largest float, all of one sign, under random weights."""
     base = _gaussian(z, r, dtype)
     return base._replace(v=torch.full_like(base.v, torch.finfo(dtype).max / 4))
 
 
 def _huge_keys(z: Shape, r: torch.Generator, dtype: torch.dtype) -> Draft:
-    """Keys whose products with ordinary queries leave the range of the dtype."""
+    """Make keys whose products with ordinary queries leave the range of the dtype."""
     base = _gaussian(z, r, dtype)
     return base._replace(k=base.k.clamp(-4, 4) * (torch.finfo(dtype).max / 4))
 
 
 def _logit_offset(z: Shape, r: torch.Generator, dtype: torch.dtype) -> Draft:
-    """Every score is a large common offset plus a small exact number: the offset cancels."""
+    """Make every score a large common offset plus a small exact number: the offset cancels."""
     base = _gaussian(z, r, dtype)
     offset = _choice(r, [2.0**6, 2.0**8, 2.0**10])
     q = torch.randint(-2, 3, base.q.shape, generator=r).double()
@@ -142,7 +142,7 @@ def _logit_offset(z: Shape, r: torch.Generator, dtype: torch.dtype) -> Draft:
 
 
 def _key_direction(z: Shape, r: torch.Generator, dtype: torch.dtype) -> Draft:
-    """All keys lie far out along one direction."""
+    """Put all keys far out along one direction."""
     base = _gaussian(z, r, dtype)
     direction = _normal(r, 1, z.g, 1, z.d)
     norm = direction.norm(dim=-1, keepdim=True).clamp(min=1e-9)
@@ -150,7 +150,7 @@ def _key_direction(z: Shape, r: torch.Generator, dtype: torch.dtype) -> Draft:
 
 
 def _equal(z: Shape, r: torch.Generator, dtype: torch.dtype) -> Draft:
-    """Every key, query and value of a head is the same."""
+    """Make every key, query and value of a head the same."""
     base = _gaussian(z, r, dtype)
     return base._replace(
         q=base.q[:, :, :1].expand_as(base.q),
@@ -160,7 +160,7 @@ def _equal(z: Shape, r: torch.Generator, dtype: torch.dtype) -> Draft:
 
 
 def _one_hot(z: Shape, r: torch.Generator, dtype: torch.dtype) -> Draft:
-    """Queries and keys with one large entry: weights that are nearly one-hot, with ties."""
+    """Give queries and keys one large entry: nearly one-hot weights, with ties."""
     base = _gaussian(z, r, dtype)
     height = _choice(r, [4.0, 10.0, 30.0])
     eye = torch.eye(max(1, z.d), dtype=torch.float64)[:, : z.d]
@@ -170,7 +170,7 @@ def _one_hot(z: Shape, r: torch.Generator, dtype: torch.dtype) -> Draft:
 
 
 def _exact(z: Shape, r: torch.Generator, dtype: torch.dtype) -> Draft:
-    """Weights of exactly 1, or 1/2 where two keys tie, whatever the mask; 0/1 values.
+    """Make weights of exactly 1, or 1/2 where two keys tie, whatever the mask; 0/1 values.
 
     Keys come in pairs of equal small integers, another order in each channel. A query looks at
     one channel with sign + or -, and the scale puts the next pair out of reach of any dtype.

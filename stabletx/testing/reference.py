@@ -267,7 +267,7 @@ def _weighted_values(problem: Problem, rows: Rows) -> Tensor:
 
 
 def _reaches(allowed: Tensor, bad: Tensor) -> Tensor:
-    """Tell which rows see a bad entry, channel by channel: (..., t, s), (..., s, e) -> (..., t, e)."""
+    """Tell which rows see a bad entry, channel by channel: (t, s), (s, e) -> (t, e)."""
     if not bad.any():
         return torch.zeros(*allowed.shape[:-1], bad.shape[-1], dtype=torch.bool)
     return torch.einsum("bhts,bhse->bhte", allowed.double(), bad.double()) > 0
