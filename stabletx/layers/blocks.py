@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from stabletx import _checks
 from stabletx.functional.attention import Method
+from stabletx.layers import _layer_checks
 from stabletx.layers.attention import MultiHeadAttention, Rotation
 from stabletx.layers.cache import KeyValueCache
 from stabletx.layers.feed_forward import Activation, FeedForward
@@ -199,7 +200,7 @@ class DecoderBlock(nn.Module):
         Raises:
             ValueError: if a context is given to a block made without one, or the reverse.
         """
-        _checks.check_context(self.cross_attention is not None, context is not None)
+        _layer_checks.check_context(self.cross_attention is not None, context is not None)
         x = self.attention_shortcut(
             x,
             lambda y: self.attention(y, mask=mask, rotation=rotation, cache=cache, plan=plan),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from stabletx import _checks
+from stabletx.layers import _layer_checks
 
 
 @final
@@ -80,9 +81,9 @@ class KeyValueCache:
             _checks.check_same("device", name, x.device, "cache", self._k.device)
         _checks.check_same("number of tokens", "v", v.shape[2], "k", k.shape[2])
         if k.requires_grad or v.requires_grad:
-            _checks.check_no_gradient("a KeyValueCache")
+            _layer_checks.check_no_gradient("a KeyValueCache")
         end = self.length + k.shape[2]
-        _checks.check_cache_has_room(end, self.capacity)
+        _layer_checks.check_cache_has_room(end, self.capacity)
         with torch.no_grad():
             self._k[:, :, self.length : end] = k
             self._v[:, :, self.length : end] = v

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from stabletx import _checks
 from stabletx.functional.positions import rotary_tables
+from stabletx.layers import _layer_checks
 
 
 @final
@@ -35,7 +36,7 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, head_dim: int, *, base: float = 10000.0) -> None:
         super().__init__()
         _checks.check_positive("head_dim", head_dim)
-        _checks.check_even("head_dim", head_dim)
+        _layer_checks.check_even("head_dim", head_dim)
         self.head_dim = head_dim
         self.base = base
 
@@ -94,7 +95,7 @@ class TokenEmbedding(nn.Module):
         try:
             x: Tensor = self.tokens(ids)
         except IndexError as error:
-            raise _checks.ids_out_of_range(ids, self.tokens.num_embeddings) from error
+            raise _layer_checks.ids_out_of_range(ids, self.tokens.num_embeddings) from error
         if self.positions is not None:
             x = x + self.positions(positions)
         if self.dropout_p > 0 and self.training:

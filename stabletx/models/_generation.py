@@ -10,6 +10,7 @@ from torch import Tensor
 
 from stabletx import _checks
 from stabletx.functional.softmax import softmax
+from stabletx.layers import _layer_checks
 from stabletx.layers.cache import KeyValueCache
 from stabletx.masks import Mask
 from stabletx.models import _model_checks
@@ -73,7 +74,7 @@ class DecoderCache:
         batch_size, capacity = self._keep.shape
         start, end = self.length, self.length + ids.shape[1]
         _checks.check_same("batch size", "input_ids", ids.shape[0], "cache", batch_size)
-        _checks.check_cache_has_room(end, capacity)
+        _layer_checks.check_cache_has_room(end, capacity)
         self._has_padding = self._has_padding or keep is not None
         if not self._has_padding:
             return torch.arange(start, end, device=ids.device), None

@@ -7,6 +7,7 @@ from dataclasses import MISSING, FrozenInstanceError, asdict, dataclass, fields
 from typing import Any, Literal, final
 
 from stabletx import _checks
+from stabletx.layers import _layer_checks
 from stabletx.layers.blocks import NormPosition
 from stabletx.layers.feed_forward import Activation
 from stabletx.layers.heads import Pooling
@@ -60,7 +61,7 @@ class _Fields:
         for name, choices in _CHOICES.items():
             _checks.check_one_of(name, getattr(self, name), choices)
         if self.position == "rotary":
-            _checks.check_even("d_model / n_heads", self.d_model // self.n_heads)
+            _layer_checks.check_even("d_model / n_heads", self.d_model // self.n_heads)
         for name in ("pad_id", "bos_id", "eos_id"):
             _model_checks.check_token_id(name, getattr(self, name), self.vocab_size)
         labels = _model_checks.checked_labels(self.labels, self.n_classes)
