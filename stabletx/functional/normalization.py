@@ -20,7 +20,8 @@ from stabletx.functional._sight import values_may_be_read
 _EXPONENT = {torch.float32: 30, torch.float64: 200}
 # torch's kernel loses about half a unit in the last place per unit of mean over deviation.
 _LARGEST_OFFSET = 2.0
-_SMALLEST_EPS = 1e-30  # its square root still normal in float32, with room for a factor
+# The derivative holds eps ** -1.5, which float32 must represent.
+_SMALLEST_EPS = 1e-24
 
 
 def layer_norm(
@@ -38,7 +39,7 @@ def layer_norm(
         x: activations.
         weight: factor per feature; None for 1.
         bias: summand per feature; None for 0.
-        eps: variance that is added, in [1e-30, 1].
+        eps: variance that is added, in [1e-24, 1].
 
     Returns:
         Normalized rows in the dtype of ``x``.
@@ -106,7 +107,7 @@ def rms_norm(
     Args:
         x: activations.
         weight: factor per feature; None for 1.
-        eps: mean square that is added, in [1e-30, 1].
+        eps: mean square that is added, in [1e-24, 1].
 
     Returns:
         Normalized rows in the dtype of ``x``.

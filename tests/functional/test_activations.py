@@ -1,9 +1,12 @@
 """GELU and SwiGLU: every 16-bit number there is, and the largest of the others."""
 
+import math
+
 import pytest
 import torch
 
 from stabletx.functional import gelu, swiglu
+from stabletx.testing.tolerances import condition_ulps
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 FORMS = ("none", "tanh")
@@ -41,6 +44,22 @@ def test_gelu_and_its_gradient_are_finite_for_every_finite_number(form, dtype):
     out, gradient = forward_and_gradient(lambda x: gelu(x, approximate=form), ends(dtype))
     assert out.isfinite().all()
     assert gradient.isfinite().all()
+
+
+@each_form
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_gelu_is_right_to_a_few_units_of_its_input(form, dtype):
+    # In 16 bits: the last rounding, and what float32 adds to it. In float32: erf, its sum with 1
+    # and two products, half a unit each or one.
+    x = ends(dtype)
+    wide = x.double()
+    if form == "none":
+        expected = wide * 0.5 * torch.special.erfc(-wide * math.sqrt(0.5))
+    else:
+        inner = math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)
+        expected = wide * torch.sigmoid(2 * inner)
+    ulps = condition_ulps(gelu(x, approximate=form), expected, wide)
+    assert (ulps <= (3 if dtype == torch.float32 else 0.51)).all()
 
 
 @each_form

@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stabletx.functional import cross_entropy, logsumexp
+from stabletx.testing.assertions import assert_within
+from stabletx.testing.tolerances import Profile, gamma, unit_roundoff
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -74,6 +76,24 @@ def test_cross_entropy_is_its_formula(options, reduction):
     }[reduction]
     loss = cross_entropy(logits, labels, reduction=reduction, **options)
     torch.testing.assert_close(loss, torch.tensor(expected, dtype=torch.float64))
+
+
+@each_dtype
+@each_option
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 1e4])
+def test_cross_entropy_is_within_the_bound_of_rounding(dtype, options, scale):
+    logits, labels = noise(9, 5, dtype=dtype) * scale, torch.arange(9) % 5
+    losses = cross_entropy(logits, labels, reduction="none", **options)
+    expected, _ = plainly(logits, labels, **options)
+    # Each row is a sum of products of at most five numbers. One of them is a distance from the top
+    # plus the logarithm of a sum, whose own error is absolute: hence the 1.
+    x, z_loss = logits.double(), options.get("z_loss", 0.0)
+    lse_size = x.abs().amax(-1) + math.log(5) + 1
+    size = (x.amax(-1) - x.amin(-1)) + math.log(5) + 1 + z_loss * lse_size**2
+    size = size * max(options.get("class_weights", torch.ones(1)).tolist())
+    u = unit_roundoff(losses.dtype) + 2.0**-53
+    bound = gamma(5 + 2 * Profile().exp_ulps + 10, u) * size
+    assert_within(bound, losses, torch.tensor(expected, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("weighted", [False, True])

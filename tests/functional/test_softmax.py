@@ -1,11 +1,16 @@
 """Softmax, log-softmax and logsumexp: what is blocked is absent, and nothing else is lost."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stabletx.functional import log_softmax, logsumexp, softmax
+from stabletx.testing.assertions import assert_within
+from stabletx.testing.rounding import REFERENCE_UNIT
+from stabletx.testing.tolerances import Profile, gamma, smallest_subnormal, unit_roundoff
 
 FUNCTIONS = {"softmax": softmax, "log_softmax": log_softmax, "logsumexp": logsumexp}
 BLOCKED = {"softmax": 0.0, "log_softmax": -torch.inf, "logsumexp": -torch.inf}
@@ -41,17 +46,66 @@ def masked_scores(draw):
     return (noise(*shape, seed=seed, dtype=dtype) * scale).to(dtype), dim, allowed
 
 
-def plainly(scores, allowed):
-    """Compute weights, log-weights and lse of one row in float64, over the allowed scores alone."""
-    kept = [float(score) for score, may in zip(scores, allowed, strict=True) if may]
-    weights = torch.zeros(len(scores), dtype=torch.float64)
-    logs = torch.full_like(weights, -torch.inf)
-    if not kept:
-        return weights, logs, torch.tensor(-torch.inf, dtype=torch.float64)
-    kept = torch.tensor(kept, dtype=torch.float64) - max(kept)
-    log_total = kept.exp().sum().log()
-    logs[allowed] = kept - log_total
-    return logs.exp(), logs, log_total + float(scores[allowed].max())
+def stored(bound, exact, dtype):
+    """Add the last rounding to a bound."""
+    return bound + unit_roundoff(dtype) * (exact.abs() + bound) + smallest_subnormal(dtype)
+
+
+def exactly(row, allowed, upstream):
+    """Compute softmax and its gradient, log-softmax and logsumexp of one row in float64.
+
+    Only allowed scores are touched. Each comes with the bound of Blanchard, Higham & Higham (2021),
+    section 4: a difference of scores costs one rounding, an exponential ``Profile.exp_ulps``, the
+    sum one rounding a term, the rest one each.
+    """
+    dtype, n = row.dtype, int(allowed.sum())
+    u = unit_roundoff(torch.promote_types(dtype, torch.float32)) + REFERENCE_UNIT
+    weights, slope, bound, slope_bound = (torch.zeros(len(row)).double() for _ in range(4))
+    logs, log_bound = torch.full_like(weights, -torch.inf), torch.zeros_like(weights)
+    if n == 0:
+        lse = torch.tensor(-torch.inf, dtype=torch.float64)
+        return (weights, slope, logs, lse), (bound, slope_bound, log_bound, torch.zeros_like(lse))
+    below = row[allowed].double().max() - row[allowed].double()
+    total = torch.tensor(math.fsum((-below).exp().tolist()), dtype=torch.float64)
+    p, g = (-below).exp() / total, upstream[allowed].double()
+    each = (2 * Profile().exp_ulps + below) * u
+    in_sum = (p * each).sum() + gamma(n, u)
+    relative = each + in_sum + gamma(3, u)
+    mean, size = (p * g).sum(), (p * g.abs()).sum()
+    weights[allowed], bound[allowed] = p, p * relative + smallest_subnormal(dtype)
+    slope[allowed] = p * (g - mean)
+    slope_bound[allowed] = p * (
+        (g.abs() + size) * (relative + gamma(n + 3, u)) + (p * relative * g.abs()).sum()
+    )
+    logs[allowed] = -below - total.log()
+    log_bound[allowed] = in_sum + u * (below + 3 * total.log()) + u * logs[allowed].abs()
+    lse = total.log() + row[allowed].double().max()
+    lse_bound = in_sum + u * (3 * total.log() + lse.abs())
+    bounds = (bound, slope_bound, log_bound, lse_bound)
+    exact = (weights, slope, logs, lse)
+    return exact, tuple(
+        stored(b, e.masked_fill(e == -torch.inf, 0.0), dtype)
+        for b, e in zip(bounds, exact, strict=True)
+    )
+
+
+@settings(deadline=None)
+@given(case=masked_scores())
+def test_values_and_gradients_are_within_the_bound_of_rounding(case):
+    x, dim, allowed = case
+    weights, gradient = forward_and_gradient(lambda z: softmax(z, dim, allowed=allowed), x)
+    upstream = noise(*x.shape, seed=1, dtype=x.dtype)
+    logs, lse = (f(x, dim, allowed=allowed) for f in (log_softmax, logsumexp))
+    rows = [
+        t.movedim(dim, -1).reshape(-1, t.shape[dim])
+        for t in (weights, gradient, logs, x, allowed, upstream)
+    ]
+    for w, dx, log_w, total, row, may, push in zip(
+        *rows[:3], lse.flatten(), *rows[3:], strict=True
+    ):
+        exact, bounds = exactly(row, may, push)
+        for actual, value, bound in zip((w, dx, log_w, total), exact, bounds, strict=True):
+            assert_within(bound, actual, value)
 
 
 @settings(deadline=None)
