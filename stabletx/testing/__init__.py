@@ -23,6 +23,14 @@ from stabletx.testing.tolerances import (
     attention_error_bound,
     condition_scales,
     condition_ulps,
+    cross_entropy_error_bound,
+    layer_norm_error_bound,
+    log_softmax_error_bound,
+    logsumexp_error_bound,
+    matmul_error_bound,
+    rms_norm_error_bound,
+    rotate_error_bound,
+    softmax_error_bound,
 )
 
 __all__ = [
@@ -41,8 +49,16 @@ __all__ = [
     "compare_all",
     "condition_scales",
     "condition_ulps",
+    "cross_entropy_error_bound",
     "is_vacuous",
+    "layer_norm_error_bound",
+    "log_softmax_error_bound",
+    "logsumexp_error_bound",
+    "matmul_error_bound",
     "occupancies",
     "reference_attention",
     "reference_gradients",
+    "rms_norm_error_bound",
+    "rotate_error_bound",
+    "softmax_error_bound",
 ]

@@ -210,11 +210,20 @@ class AttentionCase:
         return reference_gradients(self.q, self.k, self.v, self.grad_out, **self.options)
 
     def bound(self, profile: Profile | None = None, mode: Mode = "deterministic") -> Bound:
-        """Return the bounds of output and gradients."""
-        return attention_error_bound(
+        """Return the bounds of output and gradients: 0 where the case leaves nothing to round."""
+        bound = attention_error_bound(
             self.q, self.k, self.v, **self.options,
             grad_out=self.grad_out, profile=profile, mode=mode,
         )  # fmt: skip
+        if not self.exact or (profile is not None and profile.accumulate is not None):
+            return bound
+        dtype = self.q.dtype
+        gradients = [
+            _unless_exact(limit, x, dtype)
+            for limit, x in zip(bound[1:], self.gradients(), strict=True)
+        ]
+        out = torch.where(_holds(self.reference().out, dtype), 0.0, bound.out)
+        return Bound(out, *gradients)
 
     def __repr__(self) -> str:
         """Return code that makes this case again."""
@@ -257,6 +266,17 @@ def _draft(sizes: Shape, family: str, seed: int, dtype: torch.dtype, amplitude: 
     maker = FAMILIES[family]
     draft = maker.make(sizes, torch.Generator().manual_seed(seed), dtype)
     return draft if maker.exact else draft._replace(q=draft.q * amplitude)
+
+
+def _unless_exact(bound: Tensor | None, exact: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Ask for equality where the exact result is a number of the dtype."""
+    if bound is None or exact is None:
+        return bound
+    return torch.where(_holds(exact, dtype), 0.0, bound)
+
+
+def _holds(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    return exact.to(dtype).double() == exact
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,6 +9,16 @@ from stabletx.testing._attention_bound import (
     attention_error_bound,
     condition_scales,
 )
+from stabletx.testing.function_bounds import (
+    cross_entropy_error_bound,
+    layer_norm_error_bound,
+    log_softmax_error_bound,
+    logsumexp_error_bound,
+    matmul_error_bound,
+    rms_norm_error_bound,
+    rotate_error_bound,
+    softmax_error_bound,
+)
 from stabletx.testing.rounding import (
     Mode,
     Profile,
@@ -26,8 +36,16 @@ __all__ = [
     "attention_error_bound",
     "condition_scales",
     "condition_ulps",
+    "cross_entropy_error_bound",
     "gamma",
+    "layer_norm_error_bound",
+    "log_softmax_error_bound",
+    "logsumexp_error_bound",
+    "matmul_error_bound",
+    "rms_norm_error_bound",
+    "rotate_error_bound",
     "smallest_subnormal",
+    "softmax_error_bound",
     "spacing",
     "unit_roundoff",
 ]
