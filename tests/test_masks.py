@@ -117,6 +117,9 @@ def test_sight_answers_as_the_dense_mask_does(case):
 
     flags = torch.rand(b, 1, s, generator=torch.Generator().manual_seed(t)) > 0.7
     assert torch.equal(sight.sees_any(flags).expand(b, 1, t), (dense & flags[:, :, None]).any(-1))
+    marks = torch.rand(b, 1, t, generator=torch.Generator().manual_seed(s)) > 0.7
+    marked = (dense & marks[..., None]).any(-2)
+    assert torch.equal(sight.seen_by_any(marks).expand(b, 1, s), marked)
     values = torch.rand(b, 1, s, generator=torch.Generator().manual_seed(s))
     largest = torch.where(dense, values[:, :, None], 0.0).amax(-1)
     assert torch.equal(sight.largest_seen(values).expand(b, 1, t), largest)

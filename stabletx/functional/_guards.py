@@ -12,13 +12,14 @@ Three things happen here, and only where a first look at the magnitudes asks for
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from einops import reduce, repeat
 from torch import Tensor
 
 from stabletx.functional._problem import Problem
-from stabletx.functional._sight import Sight, values_may_be_read
+from stabletx.functional._sight import Sight, is_traced, values_may_be_read
 
 # A kernel that keeps one float32 logsumexp rebuilds its weights in the backward pass with an
 # error of about a quarter of the largest score, in units of the last place. Below these scores
@@ -116,20 +117,67 @@ def _magnitude(x: Tensor) -> Tensor:  # (..., d) -> (...)
 class Poison:
     """Which outputs are NaN because their row attends to something that is not finite."""
 
-    rows: Tensor  # (b, h, t) bool
-    channels: Tensor | None  # (b, h, t, e) bool, where only some channels are
+    rows: Tensor  # (b, h, t) bool, by a query, a key or a bias: the weights themselves are NaN
+    channels: Tensor | None  # (b, h, t, e) bool, by a value: the weights are whole
+    sight: Sight
 
-    def apply(self, out: Tensor, q: Tensor) -> Tensor:
-        """Make those outputs NaN, and the gradient of their queries with them."""
+    def apply(self, out: Tensor, problem: Problem) -> Tensor:
+        """Make those outputs NaN, and the gradients of what their rows attend to."""
         spoilt = self.rows[..., None]
-        if self.channels is not None:
-            spoilt = spoilt | self.channels
+        spoilt = spoilt if self.channels is None else spoilt | self.channels
+        if is_traced():
+            return torch.where(spoilt, torch.nan, out)
         if values_may_be_read(out) and not bool(spoilt.any()):
             return out
-        # The gradient of a poisoned row reaches its own query and nothing else: through this
-        # product, while ``where`` keeps it from the keys and values.
-        nan = q.sum(-1, keepdim=True) * torch.where(spoilt, torch.nan, 0.0)
-        return torch.where(spoilt, nan.to(out.dtype), out)
+        poisoned: Tensor = _Poisoned.apply(  # type: ignore[no-untyped-call]
+            out, problem.q, problem.k, problem.v, spoilt, self.rows, self.sight
+        )
+        return poisoned
+
+
+class _Poisoned(torch.autograd.Function):
+    """Put NaN into some outputs, and in the backward pass where they would have spread it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, out: Tensor, q: Tensor, k: Tensor, v: Tensor,
+        spoilt: Tensor, rows: Tensor, sight: Sight,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(q, k, v, spoilt, rows)
+        ctx.sight = sight
+        return torch.where(spoilt, torch.nan, out)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, spoilt, rows = ctx.saved_tensors
+        lost = spoilt.any(-1)
+        # What comes back through a lost row goes to what it attends to, and to nothing else.
+        unsound = lost & ~grad_out.isfinite().all(-1)
+        grad_out = torch.where((rows | unsound)[..., None], 0.0, grad_out)
+        nan_k = _of_groups(ctx.sight.seen_by_any(lost), k)
+        nan_v = _of_groups(ctx.sight.seen_by_any(rows | unsound), v)
+        pairs = ((lost[..., None], q), (nan_k, k), (nan_v, v))
+        return (grad_out, *(_nan_where(flag, x) for flag, x in pairs), None, None, None)
+
+
+class _Cleaned(torch.autograd.Function):
+    """Put 0 for a bad value; its own gradient does not depend on it and passes unchanged."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, good: Tensor) -> Tensor:
+        return torch.where(good, v, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def _of_groups(flags: Tensor, x: Tensor) -> Tensor:  # (b, h, s), (b, g, s, e) -> (b, g, s, 1)
+    return reduce(flags, "b (g r) s -> b g s 1", "any", g=x.shape[1])
+
+
+def _nan_where(flags: Tensor, x: Tensor) -> Tensor:
+    return torch.where(flags, torch.nan, torch.zeros_like(x))
 
 
 def sanitised(problem: Problem, sight: Sight) -> tuple[Problem, Poison]:
@@ -160,8 +208,9 @@ def sanitised(problem: Problem, sight: Sight) -> tuple[Problem, Poison]:
         good = bias.detach().isfinite() | (bias.detach() == -torch.inf)
         rows = rows | _bad_bias_rows(~good, sight, rows.shape)
         bias = torch.where(good, bias, 0.0)
-    q, k, v = (torch.where(good, x, 0.0) for good, x in ((good_q, q), (good_k, k), (good_v, v)))
-    return replace(problem, q=q, k=k, v=v, bias=bias), Poison(rows, channels)
+    q, k = torch.where(good_q, q, 0.0), torch.where(good_k, k, 0.0)
+    v = torch.where(good_v, v, 0.0) if is_traced() else _Cleaned.apply(v, good_v)  # type: ignore[no-untyped-call]
+    return replace(problem, q=q, k=k, v=v, bias=bias), Poison(rows, channels, sight)
 
 
 def _bad_bias_rows(bad: Tensor, sight: Sight, shape: torch.Size) -> Tensor:

@@ -23,11 +23,12 @@ def values_may_be_read(x: Tensor) -> bool:
     On a GPU reading a value makes the host wait; under ``torch.compile``, ``torch.export`` and
     ``torch.func`` there is no value to read.
     """
-    return (
-        x.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-    )
+    return x.device.type == "cpu" and not is_traced()
+
+
+def is_traced() -> bool:
+    """Tell whether a compiler, an exporter or a transform stands between us and the values."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 @dataclass(frozen=True)
@@ -105,11 +106,8 @@ class Sight:
         """Tell which keys any query sees: (b|1, h|1, s) bool; None where all are seen."""
         band = self.band
         if band is not None:
-            cols = torch.arange(self.s, device=self.device)
-            first = torch.zeros_like(cols) if band.upper is None else (cols - band.upper).clamp(0)
-            last = torch.full_like(cols, self.t - 1)
-            last = last if band.lower is None else torch.minimum(last, cols - band.lower)
-            seen = first <= last
+            first, last = _row_edges(band, self.t, self.s, self.device)
+            seen = first < last
             return seen[None, None] if band.keep is None else (seen & band.keep)[:, None]
         seen_by: Tensor | None = None
         for _, tile in self._blocks():
@@ -118,6 +116,21 @@ class Sight:
             part = tile.any(2).expand(*tile.shape[:2], self.s)
             seen_by = part if seen_by is None else seen_by | part
         return seen_by
+
+    def seen_by_any(self, flags: Tensor) -> Tensor:  # (b|1, h|1, t) bool -> (b|1, h|1, s)
+        """Tell for each key whether any flagged query sees it."""
+        band = self.band
+        if band is not None:
+            first, last = _row_edges(band, self.t, self.s, self.device)
+            counts = torch.nn.functional.pad(flags.to(torch.int32).cumsum(-1), (1, 0))
+            first = torch.minimum(first, last)
+            seen = counts.index_select(-1, last) > counts.index_select(-1, first)
+            return seen if band.keep is None else seen & band.keep[:, None]
+        seen = flags.new_zeros(*flags.shape[:2], self.s)
+        for rows, tile in self._blocks():
+            hit = flags[:, :, rows, None]
+            seen = seen | (hit if tile is None else hit & tile).any(2)
+        return seen
 
     def sees_any(self, flags: Tensor) -> Tensor:  # (b|1, h|1, s) bool -> (b|1, h|1, t)
         """Tell for each query whether it sees any flagged key."""
@@ -156,6 +169,14 @@ def _edges(band: Band, t: int, s: int, device: torch.device) -> tuple[Tensor, Te
     low = torch.zeros_like(rows) if band.lower is None else (rows + band.lower).clamp(0, s)
     high = torch.full_like(rows, s) if band.upper is None else (rows + band.upper + 1).clamp(0, s)
     return low, high
+
+
+def _row_edges(band: Band, t: int, s: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Give the half-open range of rows that see each key."""
+    cols = torch.arange(s, device=device)
+    first = torch.zeros_like(cols) if band.upper is None else (cols - band.upper).clamp(0, t)
+    last = torch.full_like(cols, t)
+    return first, last if band.lower is None else (cols - band.lower + 1).clamp(0, t)
 
 
 def _always(band: Band, t: int, s: int) -> bool:

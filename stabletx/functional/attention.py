@@ -287,7 +287,7 @@ def _poisoned(result: _Result, poison: _guards.Poison, problem: Problem) -> _Res
         None if x is None else torch.where(rows if x.ndim == 3 else rows[..., None], torch.nan, x)
         for x in result[1:]
     )
-    return _Result(poison.apply(result.out, problem.q), *stats)
+    return _Result(poison.apply(result.out, problem), *stats)
 
 
 def _by_kernel(problem: Problem, sight: Sight) -> _Result:
