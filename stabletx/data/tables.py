@@ -286,7 +286,7 @@ def _check_unicode(row: object, columns: list[str]) -> None:
 def _read_parquet(path: Path, columns: list[str]) -> Iterator[_Row]:
     parquet = optional("pyarrow.parquet")
     try:
-        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 16) as file:
+        with parquet.ParquetFile(path) as file:
             _check_columns(file.schema_arrow.names, columns, path.name)
             n = 0
             for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns):

@@ -167,10 +167,9 @@ def _pipeline(model: Any) -> Any:
 
 
 def _finished(vocab: dict[str, int]) -> Any:
-    """Build the tokenizer anew, so that only three pieces are special."""
+    """Build the tokenizer anew without special pieces: "[PAD]" in a text is brackets and a word."""
     tokenizers = optional("tokenizers")
     inner = _pipeline(tokenizers.models.WordPiece(vocab=vocab, unk_token=UNKNOWN))
-    inner.add_special_tokens(_SPECIAL)
     inner.post_processor = tokenizers.processors.TemplateProcessing(
         single=f"{FIRST} $A", special_tokens=[(FIRST, _SPECIAL.index(FIRST))]
     )

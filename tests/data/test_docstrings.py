@@ -77,13 +77,17 @@ def test_docstrings_are_the_same_when_made_anew(splits, monkeypatch, tmp_path):
     assert load_named("docstrings") == splits
 
 
-@pytest.mark.parametrize("damage", ["", "{}", "[1]\n", "not json\n", "cut", "wrong kind"])
+@pytest.mark.parametrize("damage", ["", "{}", "[1]\n", "not json\n", "cut", "short", "wrong kind"])
 def test_damaged_cache_is_made_again(damage, cache, splits, monkeypatch):
     read = (splits.train, splits.validation, splits.test), splits.n_rows, splits.dropped
     monkeypatch.setattr(docstrings, "_sample", lambda: read)
     (path,) = cache.glob("docstrings-*.jsonl")
     lines = path.read_text().splitlines(keepends=True)
-    content = {"cut": "".join(lines[:-1])[:-9], "wrong kind": "".join([*lines[:-1], "[1]\n"])}
+    content = {
+        "short": "".join(lines[:-1]),
+        "cut": "".join(lines[:-1])[:-9],
+        "wrong kind": "".join([*lines[:-1], "[1]\n"]),
+    }
     path.write_text(content.get(damage, damage))
     assert load_named("docstrings") == splits
     assert path.read_text().splitlines(keepends=True) == lines

@@ -84,6 +84,12 @@ def test_assign_gives_the_sizes_asked_for_in_proportion(counts, n_validation, n_
     assert in_train == set(found.labels)
 
 
+def test_assign_gives_the_odd_row_to_the_largest_remainder():
+    rows = [Example(f"{label} {i}", label) for label, n in (("x", 30), ("y", 10)) for i in range(n)]
+    found = assign(rows, validation=0, test=3)
+    assert sorted(rows[i].label for i, part in enumerate(found.parts) if part == TEST) == [*"xxy"]
+
+
 def test_assign_share_above_zero_is_at_least_one_row():
     rows = [Example(f"text {i}", "xy"[i % 2]) for i in range(5)]
     assert assign(rows).sizes == (3, 1, 1)

@@ -62,9 +62,13 @@ def test_known_words_become_pieces_that_spell_them(tokenizer):
     assert spelled == "[CLS]thegradientofattention"
 
 
-def test_pieces_written_in_a_text_are_not_special(tokenizer):
-    (ids,) = tokenizer.encode_batch(["##a"], 50).ids
-    assert tokenizer.tokens(ids)[-1] != "##a"
+@pytest.mark.parametrize("written", ["[PAD]", "[CLS] a [PAD]", "[UNK]", "##a"])
+def test_tokens_written_in_a_text_are_plain_characters(written, tmp_path):
+    Tokenizer.train([*sentences(20), "[PAD] [CLS] [UNK] ##a"] * 2, 200).save(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path)
+    (ids,) = tokenizer.encode_batch([written], 50).ids
+    assert set(ids[1:]).isdisjoint([0, 1, 2])
+    assert "".join(tokenizer.tokens(ids[1:])).startswith(written[0])
 
 
 def test_empty_text_is_the_first_token_alone(tokenizer):
@@ -87,6 +91,12 @@ def test_cut_text_keeps_the_tokens_that_the_whole_text_begins_with(tokenizer, te
     found = tokenizer.encode_batch(texts, max_len)
     assert found.ids == [ids[:max_len] for ids in whole]
     assert found.n_truncated == sum(len(ids) > max_len for ids in whole)
+
+
+def test_cut_is_not_made_at_a_control_character_that_joins_two_words(tokenizer):
+    text = "ab" * 30 + "\x1c" + "ab" * 30 + " c" * 30
+    found = tokenizer.encode_batch([text], 3).ids
+    assert found == [tokenizer._inner.encode(text).ids[:3]]
 
 
 @pytest.mark.parametrize("unit", ["the ", "a", " ", ". ", "é", "\n"])
