@@ -8,7 +8,13 @@ from torch import Tensor
 
 from stabletx import _checks
 from stabletx._precision import is_sixteen_bit
+from stabletx.functional._guards import within_limits
+from stabletx.functional._problem import checked_problem
+from stabletx.functional._runs import attend_runs
+from stabletx.functional._sight import values_may_be_read
 from stabletx.functional.attention import Method, attention
+from stabletx.functional.attention import _needs_plain_operations as needs_plain_operations
+from stabletx.functional.fused import SPLIT_ROWS, can_fuse
 from stabletx.masks import Mask
 from stabletx.packing import Plan, Run
 
@@ -56,14 +62,50 @@ def packed_attention(
     by_varlen = q.device.type == "cuda" and is_sixteen_bit(q.dtype)
     if by_varlen and method == "auto" and dropout_p == 0.0 and q.shape[2] == v.shape[2]:
         return _varlen(q, k, v, plan, is_causal)
+
+    def one_by_one(q: Tensor, k: Tensor, v: Tensor, method: Method) -> Tensor:
+        return _run_by_run(q, k, v, plan, is_causal, dropout_p, training, method)
+
+    if method == "auto" and _kernel_may_take_all(q, k, v, plan, is_causal, dropout_p):
+        return attend_runs(
+            q, k, v, plan, is_causal=is_causal,
+            exact=lambda q, k, v: one_by_one(q, k, v, "exact"),
+        )  # fmt: skip
+    return one_by_one(q, k, v, method)
+
+
+def _kernel_may_take_all(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, is_causal: bool, dropout_p: float
+) -> bool:
+    """Tell whether every run is what :func:`attention` would give to the kernel in one piece."""
+    if dropout_p > 0 or (is_causal and plan.max_length > SPLIT_ROWS) or not values_may_be_read(q):
+        return False
+    q, k, v = (rearrange(x, "n h d -> 1 h n d") for x in (q, k, v))
+    problem = checked_problem(
+        q, k, v, mask=None, bias=None, scale=None, softcap=None, sinks=None,
+        dropout_p=0.0, training=None,
+    )  # fmt: skip
+    if can_fuse(problem) or needs_plain_operations(problem):
+        return False
+    # A bound on all tokens together holds for those of each sequence.
+    return within_limits(problem)
+
+
+def _run_by_run(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, is_causal: bool,
+    dropout_p: float, training: bool | None, method: Method,
+) -> Tensor:  # fmt: skip
     mask = Mask.causal() if is_causal else None
     outs = []
     # Even no token at all goes through attention once, so that every weight gets a gradient.
     runs = [run for run in plan.runs if run.length] or [Run(0, 1, 0)]
     for start, n_rows, length in runs:
         run = slice(start, start + n_rows * length)
-        heads = (rearrange(x[run], "(b t) h d -> b h t d", b=n_rows) for x in (q, k, v))
-        out = attention(*heads, mask=mask, dropout_p=dropout_p, training=training, method=method)
+        heads = [rearrange(x[run], "(b t) h d -> b h t d", b=n_rows) for x in (q, k, v)]
+        out = attention(
+            heads[0], heads[1], heads[2],
+            mask=mask, dropout_p=dropout_p, training=training, method=method,
+        )  # fmt: skip
         outs.append(rearrange(out, "b h t e -> (b t) h e"))
     return torch.cat(outs)
 
