@@ -268,11 +268,16 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _predict(args: argparse.Namespace) -> int:
-    from stabletx.training.apply import open_model, predict_with, read_texts
+    from stabletx.training import predict
+    from stabletx.training.apply import open_model, read_texts
 
     model, tokenizer = open_model(args.model, args.device)
-    n_cut = 0
-    for prediction in predict_with(model, tokenizer, read_texts(args.files, args.text)):
+    at_once, n_cut = 256, 0
+    if not args.files and sys.stdin.isatty():
+        print("One text a line; Ctrl-D ends.", file=sys.stderr)
+        at_once = 1
+    texts = read_texts(args.files, args.text)
+    for prediction in predict(model, tokenizer, texts, at_once=at_once):
         n_cut += prediction.was_cut
         if args.json:
             line = prediction._asdict()

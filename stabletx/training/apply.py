@@ -10,12 +10,10 @@ from stabletx._checks import must
 from stabletx.data import DataError, EncodedSet, Example, Tokenizer, load_named, read_table
 from stabletx.models import SequenceClassifier
 from stabletx.training import sources
-from stabletx.training.evaluate import evaluate, predict
+from stabletx.training.evaluate import evaluate
 from stabletx.training.metrics import Metrics
 from stabletx.training.run import pick_device
 from stabletx.training.runs import load_model, read_run
-
-predict_with = predict
 
 
 def open_model(folder: str, device: str = "auto") -> tuple[SequenceClassifier, Tokenizer]:

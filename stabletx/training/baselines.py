@@ -62,9 +62,7 @@ def tfidf_baseline(
     from sklearn.linear_model import LogisticRegression
 
     started = time.perf_counter()
-    words: Any = TfidfVectorizer(
-        sublinear_tf=True, ngram_range=(1, 2), max_features=MAX_FEATURES
-    )
+    words: Any = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), max_features=MAX_FEATURES)
     places = {label: place for place, label in enumerate(labels)}
     train_truth: list[int] = []
     features = words.fit_transform(_texts(islice(_full(train), MAX_ROWS), train_truth, places))

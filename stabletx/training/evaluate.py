@@ -17,7 +17,6 @@ from stabletx.functional.softmax import softmax
 from stabletx.training.metrics import Metrics, classification_metrics
 
 _BATCH_TOKENS = 8192
-_TEXTS_AT_ONCE = 256
 
 
 class Encoded(Protocol):
@@ -80,20 +79,26 @@ def evaluate(model: nn.Module, examples: Encoded) -> Evaluation:
     return Evaluation(probabilities, truth, classification_metrics(probabilities, truth, names))
 
 
-def predict(model: nn.Module, tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[Prediction]:
-    """Label texts as they stream in, in their order; 256 of them are in memory at a time.
+def predict(
+    model: nn.Module, tokenizer: Tokenizer, texts: Iterable[str], *, at_once: int = 256
+) -> Iterator[Prediction]:
+    """Label texts as they stream in, in their order.
 
     Args:
         model: a classifier whose ``config`` names its labels and ``max_seq_len``.
         tokenizer: the one it was trained with.
         texts: any length; an empty one is judged as a text without words.
+        at_once: texts in memory at a time; 1 answers each before the next is read.
+
+    Returns:
+        One prediction for each text.
 
     >>> next(predict(model, tokenizer, ["A good film"])).label  # doctest: +SKIP
     'positive'
     """
     config: Any = model.config
     stream = iter(texts)
-    while chunk := list(islice(stream, _TEXTS_AT_ONCE)):
+    while chunk := list(islice(stream, at_once)):
         ids = tokenizer.encode_batch(chunk, config.max_seq_len + 1).ids
         cut = [row[: config.max_seq_len] for row in ids]
         lengths = [len(row) for row in cut]

@@ -115,7 +115,7 @@ def plot_attention(ax: Axes, example: AttentionMap) -> Axes:
     ax.set_ylabel("token looking")
     verdict = "right" if example.label == example.predicted else f"truly {_short(example.label)}"
     answer = f"{_short(example.predicted)} ({example.probability:.0%}, {verdict})"
-    ax.set_title(f"Attention of the last block: {answer}", fontsize=11)
+    ax.set_title(f"Attention of the last block\n{answer}", fontsize=11)
     ax.figure.colorbar(image, ax=ax, label="weight, mean over heads", fraction=0.046)
     return ax
 

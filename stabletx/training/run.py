@@ -106,7 +106,7 @@ def train(job: Job, say: Say = print) -> Outcome:
     ck.write_json(job.folder / runs.RUN, _about(job, splits))
     tokenizer, encoded = _encode(splits, job)
     checked = checked.with_truncated({name: own.n_truncated for name, own in encoded.items()})
-    say(f"{checked}\n{_truncation(checked, encoded, job.max_len)}".rstrip())
+    say("\n".join([str(checked), *_left_out(splits, checked, job.max_len)]))
     model = _new_model(tokenizer, splits, job).to(device)
     result = _fit(model, encoded, job, say)
     model.save_pretrained(job.folder)
@@ -171,11 +171,22 @@ def _encode(splits: Splits, job: Job) -> tuple[Tokenizer, dict[str, EncodedSet]]
     return tokenizer, encoded
 
 
-def _truncation(checked: Preflight, encoded: dict[str, EncodedSet], max_len: int) -> str:
-    n_cut, n_all = sum(checked.truncated.values()), sum(map(len, encoded.values()))
-    if not n_cut:
-        return ""
-    return f"{n_cut:,} of {n_all:,} texts are longer than {max_len} tokens and lose their end."
+def _left_out(splits: Splits, checked: Preflight, max_len: int) -> list[str]:
+    """Say which rows, and which parts of rows, are not used."""
+    words = {
+        "copies of a text that is kept once": splits.dropped.duplicates,
+        "rows of a text that has two labels": splits.dropped.conflicts,
+        "empty texts": splits.dropped.empty,
+    }
+    found = [f"{n:,} {what}" for what, n in words.items() if n]
+    lines = [f"left out: {', '.join(found)}"] if found else []
+    n_cut = sum(checked.truncated.values())
+    n_all = sum(sum(counts.values()) for counts in checked.labels.values())
+    if n_cut:
+        lines.append(
+            f"{n_cut:,} of {n_all:,} texts are longer than {max_len} tokens and lose their end."
+        )
+    return lines
 
 
 def _new_model(tokenizer: Tokenizer, splits: Splits, job: Job) -> SequenceClassifier:
@@ -279,6 +290,7 @@ def _outcome(
         },
         settings={**job.config.to_dict(), **model.config.to_dict()},
         checks=checked,
+        left_out=_left_out(splits, checked, job.max_len),
         versions=versions(),
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,7 @@ class Outcome:
     training: Mapping[str, Any]
     settings: Mapping[str, Any]
     checks: Preflight
+    left_out: Sequence[str]
     versions: Mapping[str, str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -60,6 +61,7 @@ class Outcome:
             "training": dict(self.training),
             "settings": dict(self.settings),
             "checks": self.checks.to_dict(),
+            "left_out": list(self.left_out),
             "versions": dict(self.versions),
         }
 
@@ -183,7 +185,8 @@ def _sections(outcome: Outcome, pictures: list[Picture]) -> list[report.Section]
     )
     rivals = report.table(["", "accuracy", "macro-F1", "seconds"], outcome.rows())
     warnings = [report.paragraph(text, "warn") for text in outcome.checks.warnings]
-    data = [report.paragraph(t) for t in (outcome.about, outcome.source, outcome.rights) if t]
+    texts = (outcome.about, outcome.source, outcome.rights, *outcome.left_out)
+    data = [report.paragraph(text) for text in texts if text]
     sections = [
         report.Section("Result", [report.paragraph(outcome.verdict(), "big"), rivals, *warnings]),
         report.Section("Each class", [scores, show.get("confusion", "")]),
