@@ -18,8 +18,6 @@ from stabletx.functional._sight import values_may_be_read
 # far from the limits of the dtype; and eps, which is at most 1, is nothing beside such squares, so
 # it need not be scaled with the row.
 _EXPONENT = {torch.float32: 30, torch.float64: 200}
-# torch's kernel loses about half a unit in the last place per unit of mean over deviation.
-_LARGEST_OFFSET = 2.0
 # The derivative holds eps ** -1.5, which float32 must represent.
 _SMALLEST_EPS = 1e-24
 
@@ -72,7 +70,10 @@ def layer_norm(
     # The kernel's own statistics say which rows it may have got wrong. For ordinary rows that
     # costs 5 to 20 % of the kernel's time; centring them all beforehand costs 100 % and more.
     out, mean, rstd = torch.native_layer_norm(z, z.shape[-1:], weight, bias, eps)
-    easy = (mean.abs() * rstd <= _LARGEST_OFFSET) & (rstd >= 2.0 ** -_EXPONENT[work])
+    # It loses about half a unit in the last place per unit of mean over deviation. So a row is
+    # easy where mean**2 + eps <= 3 * variance, written with 1 / rstd**2 = variance + eps.
+    near = ((mean.square() + 4 * eps) * rstd.square() <= 3) | (mean == 0)
+    easy = near & (rstd >= 2.0 ** -_EXPONENT[work])
     if not bool(easy.all()):
         # Row by row, so that no row's bits depend on another row.
         alone = torch.where(easy, z, 0.0)

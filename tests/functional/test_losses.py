@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from stabletx.functional import cross_entropy, logsumexp
 from stabletx.testing.assertions import assert_within
-from stabletx.testing.tolerances import Profile, gamma, unit_roundoff
+from stabletx.testing.tolerances import cross_entropy_error_bound
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -85,14 +85,8 @@ def test_cross_entropy_is_within_the_bound_of_rounding(dtype, options, scale):
     logits, labels = noise(9, 5, dtype=dtype) * scale, torch.arange(9) % 5
     losses = cross_entropy(logits, labels, reduction="none", **options)
     expected, _ = plainly(logits, labels, **options)
-    # Each row is a sum of products of at most five numbers. One of them is a distance from the top
-    # plus the logarithm of a sum, whose own error is absolute: hence the 1.
-    x, z_loss = logits.double(), options.get("z_loss", 0.0)
-    lse_size = x.abs().amax(-1) + math.log(5) + 1
-    size = (x.amax(-1) - x.amin(-1)) + math.log(5) + 1 + z_loss * lse_size**2
-    size = size * max(options.get("class_weights", torch.ones(1)).tolist())
-    u = unit_roundoff(losses.dtype) + 2.0**-53
-    bound = gamma(5 + 2 * Profile().exp_ulps + 10, u) * size
+    wide = logits.to(losses.dtype)  # the loss is not rounded to the dtype of the logits
+    bound = cross_entropy_error_bound(wide, labels, reduction="none", **options)
     assert_within(bound, losses, torch.tensor(expected, dtype=torch.float64))
 
 

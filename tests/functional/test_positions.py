@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from stabletx.functional import rotary_tables, rotate
 from stabletx.testing.assertions import assert_within
-from stabletx.testing.tolerances import gamma, smallest_subnormal, unit_roundoff
+from stabletx.testing.tolerances import rotate_error_bound
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -96,14 +96,9 @@ def test_rotate_is_within_the_bound_of_rounding(interleaved, dtype):
     x, (cos, sin) = noise(4, 9, 16, dtype=dtype), rotary_tables(torch.arange(300, 309), 16)
     out = rotate(x, cos, sin, interleaved=interleaved)
     a, b = paired(x.double(), interleaved)
-    u = unit_roundoff(torch.promote_types(dtype, torch.float32)) + 2.0**-53
-    for actual, first, second in zip(
-        paired(out, interleaved), (a * cos, b * cos), (-b * sin, a * sin), strict=True
-    ):
-        exact = first + second
-        bound = gamma(2, u) * (first.abs() + second.abs())  # a product and the sum
-        bound = bound + unit_roundoff(dtype) * (exact.abs() + bound) + smallest_subnormal(dtype)
-        assert_within(bound, actual, exact)
+    bound = paired(rotate_error_bound(x, cos, sin, interleaved=interleaved), interleaved)
+    turned = torch.stack([a * cos - b * sin, b * cos + a * sin])
+    assert_within(torch.stack(bound), torch.stack(paired(out, interleaved)), turned)
 
 
 def test_pairings_differ_only_in_the_order_of_features():

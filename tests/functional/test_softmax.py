@@ -1,7 +1,5 @@
 """Softmax, log-softmax and logsumexp: what is blocked is absent, and nothing else is lost."""
 
-import math
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +8,14 @@ from hypothesis import strategies as st
 from stabletx.functional import log_softmax, logsumexp, softmax
 from stabletx.testing.assertions import assert_within
 from stabletx.testing.rounding import REFERENCE_UNIT
-from stabletx.testing.tolerances import Profile, gamma, smallest_subnormal, unit_roundoff
+from stabletx.testing.tolerances import (
+    gamma,
+    log_softmax_error_bound,
+    logsumexp_error_bound,
+    smallest_subnormal,
+    softmax_error_bound,
+    unit_roundoff,
+)
 
 FUNCTIONS = {"softmax": softmax, "log_softmax": log_softmax, "logsumexp": logsumexp}
 BLOCKED = {"softmax": 0.0, "log_softmax": -torch.inf, "logsumexp": -torch.inf}
@@ -46,66 +51,43 @@ def masked_scores(draw):
     return (noise(*shape, seed=seed, dtype=dtype) * scale).to(dtype), dim, allowed
 
 
-def stored(bound, exact, dtype):
-    """Add the last rounding to a bound."""
-    return bound + unit_roundoff(dtype) * (exact.abs() + bound) + smallest_subnormal(dtype)
+def exactly(x, dim, allowed, upstream):
+    """Compute weights, log-weights, lse and the gradient of the weights in float64.
 
-
-def exactly(row, allowed, upstream):
-    """Compute softmax and its gradient, log-softmax and logsumexp of one row in float64.
-
-    Only allowed scores are touched. Each comes with the bound of Blanchard, Higham & Higham (2021),
-    section 4: a difference of scores costs one rounding, an exponential ``Profile.exp_ulps``, the
-    sum one rounding a term, the rest one each.
+    Blocked scores are taken out before anything is computed.
     """
-    dtype, n = row.dtype, int(allowed.sum())
-    u = unit_roundoff(torch.promote_types(dtype, torch.float32)) + REFERENCE_UNIT
-    weights, slope, bound, slope_bound = (torch.zeros(len(row)).double() for _ in range(4))
-    logs, log_bound = torch.full_like(weights, -torch.inf), torch.zeros_like(weights)
-    if n == 0:
-        lse = torch.tensor(-torch.inf, dtype=torch.float64)
-        return (weights, slope, logs, lse), (bound, slope_bound, log_bound, torch.zeros_like(lse))
-    below = row[allowed].double().max() - row[allowed].double()
-    total = torch.tensor(math.fsum((-below).exp().tolist()), dtype=torch.float64)
-    p, g = (-below).exp() / total, upstream[allowed].double()
-    each = (2 * Profile().exp_ulps + below) * u
-    in_sum = (p * each).sum() + gamma(n, u)
-    relative = each + in_sum + gamma(3, u)
-    mean, size = (p * g).sum(), (p * g.abs()).sum()
-    weights[allowed], bound[allowed] = p, p * relative + smallest_subnormal(dtype)
-    slope[allowed] = p * (g - mean)
-    slope_bound[allowed] = p * (
-        (g.abs() + size) * (relative + gamma(n + 3, u)) + (p * relative * g.abs()).sum()
-    )
-    logs[allowed] = -below - total.log()
-    log_bound[allowed] = in_sum + u * (below + 3 * total.log()) + u * logs[allowed].abs()
-    lse = total.log() + row[allowed].double().max()
-    lse_bound = in_sum + u * (3 * total.log() + lse.abs())
-    bounds = (bound, slope_bound, log_bound, lse_bound)
-    exact = (weights, slope, logs, lse)
-    return exact, tuple(
-        stored(b, e.masked_fill(e == -torch.inf, 0.0), dtype)
-        for b, e in zip(bounds, exact, strict=True)
-    )
+    x = x.double().masked_fill(~allowed, -torch.inf)
+    top = x.amax(dim, keepdim=True)
+    top = torch.where(top == -torch.inf, 0.0, top)
+    total = (x - top).exp().sum(dim, keepdim=True)
+    weights = (x - top).exp() / torch.where(total == 0, 1.0, total)
+    logs = (x - top) - torch.where(total == 0, 1.0, total).log()
+    mean = (weights * upstream.double()).sum(dim, keepdim=True)
+    lse = (total.log() + top).squeeze(dim)
+    return weights, logs, lse, weights * (upstream.double() - mean)
 
 
 @settings(deadline=None)
 @given(case=masked_scores())
 def test_values_and_gradients_are_within_the_bound_of_rounding(case):
     x, dim, allowed = case
-    weights, gradient = forward_and_gradient(lambda z: softmax(z, dim, allowed=allowed), x)
     upstream = noise(*x.shape, seed=1, dtype=x.dtype)
-    logs, lse = (f(x, dim, allowed=allowed) for f in (log_softmax, logsumexp))
-    rows = [
-        t.movedim(dim, -1).reshape(-1, t.shape[dim])
-        for t in (weights, gradient, logs, x, allowed, upstream)
-    ]
-    for w, dx, log_w, total, row, may, push in zip(
-        *rows[:3], lse.flatten(), *rows[3:], strict=True
-    ):
-        exact, bounds = exactly(row, may, push)
-        for actual, value, bound in zip((w, dx, log_w, total), exact, bounds, strict=True):
-            assert_within(bound, actual, value)
+    weights, logs, lse, slope = exactly(x, dim, allowed, upstream)
+    out, gradient = forward_and_gradient(lambda z: softmax(z, dim, allowed=allowed), x)
+    assert_within(softmax_error_bound(x, dim, allowed=allowed), out, weights)
+    out = log_softmax(x, dim, allowed=allowed)
+    assert_within(log_softmax_error_bound(x, dim, allowed=allowed), out, logs)
+    out = logsumexp(x, dim, allowed=allowed)
+    assert_within(logsumexp_error_bound(x, dim, allowed=allowed), out, lse)
+
+    # weights * (upstream - sum of weights * upstream), with the weights as they were computed.
+    work = torch.promote_types(x.dtype, torch.float32)
+    bound, push = softmax_error_bound(x.to(work), dim, allowed=allowed), upstream.double().abs()
+    mean, lost = ((part * push).sum(dim, keepdim=True) for part in (weights, bound))
+    rounding = gamma(x.shape[dim] + 3, unit_roundoff(work) + REFERENCE_UNIT)
+    error = bound * (push + mean) + weights * lost + rounding * (weights + bound) * (push + mean)
+    error = error + unit_roundoff(x.dtype) * (slope.abs() + error) + smallest_subnormal(x.dtype)
+    assert_within(error, gradient, slope)
 
 
 @settings(deadline=None)
@@ -151,6 +133,28 @@ def test_minus_inf_blocks_as_the_mask_does(name, dtype):
     by_mask = forward_and_gradient(lambda z: FUNCTIONS[name](z, allowed=allowed), x)
     by_value = forward_and_gradient(FUNCTIONS[name], torch.where(allowed, x, -torch.inf))
     assert all(map(torch.equal, by_mask, by_value))
+
+
+@each_function
+@each_dtype
+def test_mask_and_minus_inf_empty_a_row_together(name, dtype):
+    x = torch.tensor([[1.0, -torch.inf, 2.0], [0.0, 1.0, 2.0]], dtype=dtype, requires_grad=True)
+    allowed = torch.tensor([[False, True, False], [True, True, True]])
+    out = FUNCTIONS[name](x, allowed=allowed)
+    assert (out[0] == BLOCKED[name]).all()
+    (gradient,) = torch.autograd.grad(out[1].sum(), x)
+    assert not gradient[0].any()
+    assert gradient.isfinite().all()
+
+
+@each_function
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_sixteen_bits_are_the_float32_result_rounded_once(name, dtype, masked):
+    x = noise(20, 33, dtype=dtype) * 4
+    allowed = noise(20, 33, seed=1) > 0 if masked else None
+    out = FUNCTIONS[name](x, allowed=allowed)
+    assert torch.equal(out, FUNCTIONS[name](x.float(), allowed=allowed).to(dtype))
 
 
 @each_function
