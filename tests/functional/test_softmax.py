@@ -194,6 +194,26 @@ def test_scores_of_the_largest_float_give_finite_weights_and_gradients(dtype):
     assert gradient.isfinite().all()
 
 
+@each_dtype
+def test_the_smallest_score_gets_all_the_weight_when_the_others_are_blocked(dtype):
+    least = torch.finfo(dtype).min
+    x = torch.tensor([least, 5.0, least], dtype=dtype)
+    allowed = torch.tensor([True, False, False])
+    assert torch.equal(softmax(x, allowed=allowed), torch.tensor([1.0, 0.0, 0.0], dtype=dtype))
+    assert logsumexp(x, allowed=allowed) == least
+
+
+@each_function
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_no_nan_arises_on_the_way_through_empty_rows(name):
+    x = noise(3, 4).requires_grad_()
+    allowed = torch.tensor([[True, False, True, True], [False] * 4, [True] * 4])
+    with torch.autograd.detect_anomaly():
+        out = FUNCTIONS[name](x, allowed=allowed)
+        (gradient,) = torch.autograd.grad(out, x, noise(*out.shape, seed=1), create_graph=True)
+        torch.autograd.grad(gradient.square().sum(), x)
+
+
 @each_function
 @pytest.mark.parametrize("blocked", [False, True])
 def test_a_common_offset_moves_no_bit_of_weights_or_gradients(name, blocked):
