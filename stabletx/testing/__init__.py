@@ -9,6 +9,7 @@ from stabletx.testing.assertions import (
     occupancies,
 )
 from stabletx.testing.cases import AttentionCase, Shape
+from stabletx.testing.explain import Explanation, explain_difference
 from stabletx.testing.families import FAMILIES
 from stabletx.testing.reference import (
     Gradients,
@@ -38,6 +39,7 @@ __all__ = [
     "AttentionCase",
     "Bound",
     "Comparison",
+    "Explanation",
     "Gradients",
     "Profile",
     "Reference",
@@ -50,6 +52,7 @@ __all__ = [
     "condition_scales",
     "condition_ulps",
     "cross_entropy_error_bound",
+    "explain_difference",
     "is_vacuous",
     "layer_norm_error_bound",
     "log_softmax_error_bound",

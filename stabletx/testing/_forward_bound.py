@@ -6,6 +6,7 @@ unit roundoff of the compute dtype. A hat marks what a kernel computes.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -105,6 +106,7 @@ def _score_errors(problem: Problem, rows: Rows, units: Units) -> tuple[Tensor, T
     d = problem.q.shape[3]
     per_dot = units.dot(d) + units.steps(7)
     products = times_power(abs(problem.scale) * per_dot * sizes, power).clamp(max=HUGE)
+    products = torch.where(_never_rounded(problem, sizes, units), 0.0, products)
     x = times_power(rows.products, power).clamp(-HUGE, HUGE)
     eta, score = products, x
     if problem.softcap is not None:
@@ -125,6 +127,28 @@ def _score_errors(problem: Problem, rows: Rows, units: Units) -> tuple[Tensor, T
         eta = eta + units.u * (problem.bias.abs() + 2 * score.abs() + largest)
         eta = eta + units.scores * problem.bias.abs()
     return products, eta.nan_to_num(nan=_LARGE).clamp(max=_LARGE)
+
+
+def _never_rounded(problem: Problem, sizes: Tensor, units: Units) -> Tensor:  # (b, h, t, s)
+    """Tell which dot products are exact in any order: all terms share a grid that is fine enough.
+
+    The scale must be a power of four, for it may be applied as its root on both sides.
+    """
+    fraction, exponent = math.frexp(problem.scale)
+    if fraction != 0.5 or exponent % 2 == 0:
+        return torch.zeros_like(sizes, dtype=torch.bool)
+    grid = _grid(problem.q)[..., :, None] + _grid(problem.k)[..., None, :]
+    digits = -math.log2(units.u_sum)
+    return sizes.log2() - grid <= math.floor(digits + 0.5)
+
+
+def _grid(x: Tensor) -> Tensor:  # (..., n, w) -> (..., n)
+    """Return the largest power of two, as its exponent, that divides every entry of a row."""
+    fraction, exponent = torch.frexp(x)
+    whole = (fraction * 2.0**53).long()
+    lowest = (whole & -whole).double().log2() + exponent - 53
+    lowest = torch.where(x == 0, 4096.0, lowest)
+    return lowest.amin(-1) if x.shape[-1] else lowest.sum(-1)
 
 
 def _sink_error(problem: Problem, rows: Rows, units: Units) -> Tensor:  # (b, h, t)

@@ -215,7 +215,8 @@ class AttentionCase:
             self.q, self.k, self.v, **self.options,
             grad_out=self.grad_out, profile=profile, mode=mode,
         )  # fmt: skip
-        if not self.exact or (profile is not None and profile.accumulate is not None):
+        stated = profile or Profile()
+        if not self.exact or stated.accumulate is not None or stated.recompute_from_lse:
             return bound
         dtype = self.q.dtype
         gradients = [

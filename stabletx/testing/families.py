@@ -138,7 +138,7 @@ def _logit_offset(z: Shape, r: torch.Generator, dtype: torch.dtype) -> Draft:
     if z.d:
         q[..., 0] = 1.0
         k[..., 0] = offset + (k[..., 0] if z.d == 1 else 0.0)
-    return base._replace(q=q, k=k, scale=0.5)
+    return base._replace(q=q, k=k, scale=0.25)
 
 
 def _key_direction(z: Shape, r: torch.Generator, dtype: torch.dtype) -> Draft:
