@@ -15,6 +15,7 @@ from stabletx.training.schedule import DECAYS, Decay
 Precision = Literal["auto", "float32", "bfloat16"]
 Monitor = Literal["macro_f1", "loss"]
 ClassWeights = Literal["none", "balanced"]
+_RUN_TOKENS = 2_000_000  # about a minute and a half on one core with the default model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +24,12 @@ class TrainingConfig:
 
     Args:
         seed: for weights drawn by the caller's program, the order of batches and dropout.
-        epochs: times through the train rows at most.
+        epochs: times through the train rows at most; None picks 2 to 20, fewer where there are
+            more tokens: see ``for_tokens``.
         max_seconds: wall-clock limit for ``fit``, seconds; the learning rate then follows the
             clock where that is ahead of the epochs, and the run is not repeatable to the bit.
-        batch_tokens: real tokens a batch at most, never below the longest row.
+        batch_tokens: real tokens a batch at most, never below the longest row; None picks 256 to
+            2048, fewer where an epoch would be only few steps.
         lr: highest learning rate.
         weight_decay: of matrices; norms and biases have none. As in ``torch.optim.AdamW``.
         warmup: share of the run in which the learning rate rises, in [0, 1).
@@ -45,9 +48,9 @@ class TrainingConfig:
     """
 
     seed: int = 0
-    epochs: int = 10
+    epochs: int | None = None
     max_seconds: float | None = None
-    batch_tokens: int = 2048
+    batch_tokens: int | None = None
     lr: float = 2e-3
     weight_decay: float = 0.05
     warmup: float = 0.1
@@ -64,10 +67,9 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(must("seed", "be an int of at least 0", repr(self.seed)))
-        for name in ("epochs", "batch_tokens"):
-            _checks.check_positive(name, getattr(self, name))
-        if self.patience is not None:
-            _checks.check_positive("patience", self.patience)
+        for name in ("epochs", "batch_tokens", "patience"):
+            if getattr(self, name) is not None:
+                _checks.check_positive(name, getattr(self, name))
         for name in ("lr", "clip_norm", "save_seconds", "max_seconds"):
             value = getattr(self, name)
             if value is None:
@@ -82,6 +84,25 @@ class TrainingConfig:
         _checks.check_one_of("class_weights", self.class_weights, ("none", "balanced"))
         _checks.check_one_of("monitor", self.monitor, ("macro_f1", "loss"))
         _checks.check_one_of("precision", self.precision, ("auto", "float32", "bfloat16"))
+
+    def for_tokens(self, n_tokens: int) -> TrainingConfig:
+        """Return the same with every choice that hangs on the size of the data made.
+
+        Args:
+            n_tokens: of the train rows together.
+
+        >>> TrainingConfig().for_tokens(100_000).epochs
+        20
+        >>> TrainingConfig(epochs=3).for_tokens(100_000).epochs
+        3
+        """
+        epochs = min(max(round(_RUN_TOKENS / max(n_tokens, 1)), 2), 20)
+        batch_tokens = min(max(n_tokens // 40, 256), 2048)
+        return dataclasses.replace(
+            self,
+            epochs=self.epochs or epochs,
+            batch_tokens=self.batch_tokens or batch_tokens,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return every field as what JSON can hold."""

@@ -93,8 +93,11 @@ def predict(
     Returns:
         One prediction for each text.
 
-    >>> next(predict(model, tokenizer, ["A good film"])).label  # doctest: +SKIP
-    'positive'
+    >>> from stabletx.models import SequenceClassifier, TransformerConfig
+    >>> tokenizer = Tokenizer.train(["a good film", "a bad film"])
+    >>> config = TransformerConfig(tokenizer.vocab_size, 16, 1, 2, labels=("bad", "good"))
+    >>> [p.was_cut for p in predict(SequenceClassifier(config), tokenizer, ["a film", ""])]
+    [False, False]
     """
     config: Any = model.config
     stream = iter(texts)

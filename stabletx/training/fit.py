@@ -43,6 +43,7 @@ class FitResult:
         seconds: wall-clock time spent, validation included.
         tokens: real tokens trained on.
         best_epoch: the epoch whose weights were kept, from 1; 0 before any validation.
+        config: what was asked for, with every choice made.
         history: the events since the run was started or resumed.
     """
 
@@ -52,6 +53,7 @@ class FitResult:
     seconds: float
     tokens: int
     best_epoch: int
+    config: TrainingConfig
     history: list[Event]
 
 
@@ -94,7 +96,7 @@ def fit(
     for name, rows in (("train", train), ("validation", validation)):
         if len(rows) == 0:
             raise ValueError(must(name, "hold at least one row", "none"))
-    config = config or TrainingConfig()
+    config = (config or TrainingConfig()).for_tokens(sum(train.lengths))
     devices = [device_of(model)] if device_of(model).type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(config.seed)
@@ -139,8 +141,10 @@ class _Loop:
         self.listeners = [self.history.append, *listeners]
         self.optimizer = make_optimizer(model, config)
         self.lengths = train.lengths
-        self.batch_tokens = max(config.batch_tokens, *self.lengths)
-        self.total_steps = config.epochs * len(self._batches(0))
+        assert config.epochs is not None
+        assert config.batch_tokens is not None
+        self.epochs, self.batch_tokens = config.epochs, max(config.batch_tokens, *self.lengths)
+        self.total_steps = self.epochs * len(self._batches(0))
         self.weights = self._class_weights()
         self.precision = autocast_dtype(config, self.device)
         self.best: dict[str, Tensor] = {}
@@ -151,7 +155,7 @@ class _Loop:
         self._emit("start", **self._about())
         reason: Reason = "epochs"
         self.model.train()
-        while self.state.epoch < self.config.epochs and not self.state.is_over:
+        while self.state.epoch < self.epochs and not self.state.is_over:
             stopped = self._epoch(should_stop)
             if stopped == "request":
                 self._save()
@@ -336,16 +340,17 @@ class _Loop:
 
     def _result(self, reason: Reason) -> FitResult:
         state = self.state
-        epochs = min(state.epoch + (state.position > 0), self.config.epochs)
+        epochs = min(state.epoch + (state.position > 0), self.epochs)
         self._emit("end", reason=reason, best_epoch=state.best_epoch, tokens=state.tokens)
         return FitResult(
-            reason,
-            state.step,
-            epochs,
-            self._seconds(),
-            state.tokens,
-            state.best_epoch,
-            self.history,
+            reason=reason,
+            steps=state.step,
+            epochs=epochs,
+            seconds=self._seconds(),
+            tokens=state.tokens,
+            best_epoch=state.best_epoch,
+            config=self.config,
+            history=self.history,
         )
 
     def _batches(self, epoch: int) -> list[list[int]]:

@@ -37,7 +37,8 @@ def save_picture(
     figure: Any = Figure(figsize=size, dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     draw(figure.add_subplot())
-    figure.savefig(path)
+    # With square cells the first layout is only a guess: what it cuts off, "tight" brings back.
+    figure.savefig(path, bbox_inches="tight", pad_inches=0.1)
     return path
 
 

@@ -18,6 +18,7 @@ th:first-child, td:first-child { text-align: left; }
 td { font-variant-numeric: tabular-nums; }
 figure { margin: 1rem 0; } img { max-width: 100%; height: auto; }
 .big { font-size: 1.25rem; } .warn { border-left: 4px solid #D55E00; padding-left: .8rem; }
+summary { cursor: pointer; }
 pre { background: #f5f5f5; padding: .6rem; overflow-x: auto; }
 """
 
@@ -67,6 +68,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 def settings(values: Mapping[str, Any]) -> str:
     """Return names and values as a table."""
     return table(["setting", "value"], [(name, str(value)) for name, value in values.items()])
+
+
+def folded(title: str, parts: Sequence[str]) -> str:
+    """Return parts that the reader opens by a click."""
+    return f"<details><summary>{escape(title)}</summary>{''.join(parts)}</details>"
 
 
 def picture(path: Path, about: str) -> str:

@@ -288,7 +288,7 @@ def _outcome(
             "peak_memory_mb": peak_memory_mb(),
             "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
         },
-        settings={**job.config.to_dict(), **model.config.to_dict()},
+        settings={**result.config.to_dict(), **model.config.to_dict()},
         checks=checked,
         left_out=_left_out(splits, checked, job.max_len),
         versions=versions(),

@@ -146,7 +146,7 @@ def _attention_maps(
 
 def _draw(outcome: Outcome, maps: list[AttentionMap]) -> list[Picture]:
     events = read_log(outcome.folder / LOG)
-    side = min(4.6 + 0.35 * len(outcome.test.classes), 14.0)
+    side = min(3.6 + 0.4 * len(outcome.test.classes), 14.0)
     wanted: dict[str, tuple[str, Callable[[Any], Any], tuple[float, float]]] = {
         "loss": ("Loss over the steps.", partial(plots.plot_loss, events=events), (6.4, 4.2)),
         "accuracy": (
@@ -185,8 +185,15 @@ def _sections(outcome: Outcome, pictures: list[Picture]) -> list[report.Section]
     )
     rivals = report.table(["", "accuracy", "macro-F1", "seconds"], outcome.rows())
     warnings = [report.paragraph(text, "warn") for text in outcome.checks.warnings]
-    texts = (outcome.about, outcome.source, outcome.rights, *outcome.left_out)
-    data = [report.paragraph(text) for text in texts if text]
+    data = [
+        report.paragraph(outcome.about),
+        report.paragraph(f"From {outcome.source}. Rights: {outcome.rights}."),
+        *(report.paragraph(text) for text in outcome.left_out),
+    ]
+    more = report.folded(
+        "Every setting",
+        [report.settings(outcome.settings), report.settings(outcome.versions)],
+    )
     sections = [
         report.Section("Result", [report.paragraph(outcome.verdict(), "big"), rivals, *warnings]),
         report.Section("Each class", [scores, show.get("confusion", "")]),
@@ -194,13 +201,6 @@ def _sections(outcome: Outcome, pictures: list[Picture]) -> list[report.Section]
         report.Section("Can its probabilities be trusted?", [show.get("calibration", "")]),
         report.Section("What it looks at", maps),
         report.Section("Data", [*data, report.preformatted(str(outcome.checks))]),
-        report.Section(
-            "Settings",
-            [
-                report.settings(outcome.training),
-                report.settings(outcome.settings),
-                report.settings(outcome.versions),
-            ],
-        ),
+        report.Section("The run", [report.settings(outcome.training), more]),
     ]
     return [section for section in sections if any(section.parts)]

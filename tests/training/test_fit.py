@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from standins import TinyModel, TinyRows, losses
 
 from stabletx.training import CheckpointError, JsonLinesLog, TrainingConfig, TrainingError, fit
@@ -275,3 +277,17 @@ def test_fit_refuses_no_rows(name):
 def test_config_refuses_values_out_of_range(name, value):
     with pytest.raises(ValueError, match=f"{name} must .* got {name}="):
         TrainingConfig(**{name: value})
+
+
+@given(n_tokens=st.integers(0, 10**9))
+def test_size_of_the_data_decides_what_was_left_open(n_tokens):
+    config = TrainingConfig().for_tokens(n_tokens)
+    assert 2 <= config.epochs <= 20
+    assert 256 <= config.batch_tokens <= 2048
+    fixed = TrainingConfig(epochs=77, batch_tokens=33)
+    assert fixed.for_tokens(n_tokens) == fixed
+
+
+def test_result_says_what_was_decided():
+    result = fit(TinyModel(), TRAIN, VALIDATION, config=TrainingConfig(max_seconds=0.2))
+    assert result.config == TrainingConfig(max_seconds=0.2).for_tokens(sum(TRAIN.lengths))
