@@ -117,18 +117,20 @@ def test_packed_attention_is_that_of_each_sequence_alone(is_causal, longest, dty
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, 2.0**500])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 2.0**100])
 @pytest.mark.parametrize("lengths", [[3, 3], [3, 2]])
 def test_packed_attention_keeps_what_a_sequence_holds_to_itself(value, lengths):
     plan = Plan.of_lengths(torch.tensor(lengths))
-    q, k, v = heads(sum(lengths))
+    q, k, v = heads(sum(lengths), torch.float32)
     clean = packed_attention(q, k, v, plan)
-    k[4] = value
+    q[4] = k[4] = value
     other = packed_attention(q, k, v, plan)
     assert torch.equal(other[:3], clean[:3])
     assert not torch.equal(other[3:], clean[3:])
-    finite = torch.tensor(value).isfinite() or value == 2.0**500
-    assert other[3:].isfinite().all() if finite else other[3:].isnan().all()
+    if value == 2.0**100:  # the product of two such numbers is beyond float32
+        assert other.isfinite().all()
+    else:
+        assert other[3:].isnan().all()
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -139,7 +141,7 @@ def test_packed_attention_has_right_derivatives_of_both_orders(is_causal):
     def run(*inputs):
         return packed_attention(*inputs, plan, is_causal=is_causal)
 
-    assert gradcheck(run, inputs)
+    assert gradcheck(run, inputs, check_forward_ad=True)
     assert gradgradcheck(run, inputs)
 
 

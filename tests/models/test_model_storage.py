@@ -44,6 +44,12 @@ def test_model_comes_back_to_the_bit(tmp_path, kind, dtype):
         assert torch.equal(a, b)
 
 
+def test_read_weights_lie_in_memory_as_torch_aligns_it(folder):
+    # Unaligned views of the file would be slower, and a product could differ in its last bits.
+    for x in SequenceClassifier.from_pretrained(folder).parameters():
+        assert x.data_ptr() % 64 == 0
+
+
 def test_folder_says_what_it_holds(folder):
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == "stabletx"
