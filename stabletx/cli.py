@@ -89,7 +89,7 @@ def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
         where = f" ({error.filename})" if error.filename else ""
-        return f"{error.strerror}{where}. What was saved before is whole."
+        return f"{error.strerror}{where}."
     return text
 
 
@@ -206,6 +206,8 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from stabletx.training import TrainingError
+    from stabletx.training.checkpoint import FILE as CHECKPOINT
     from stabletx.training.run import Job, train
     from stabletx.training.runs import default_name
     from stabletx.training.sources import data_name
@@ -228,7 +230,12 @@ def _train(args: argparse.Namespace) -> int:
         config=_config(args),
         **({} if args.max_len is None else {"max_len": args.max_len}),
     )
-    outcome = train(job, lambda line: print(line, flush=True))
+    try:
+        outcome = train(job, lambda line: print(line, flush=True))
+    except (OSError, TrainingError):
+        if (job.folder / CHECKPOINT).exists():
+            print(f"{job.folder / CHECKPOINT} is whole: go on with --resume.", file=sys.stderr)
+        raise
     print(f"\n{outcome}")
     return OK
 
