@@ -141,6 +141,7 @@ REGRESSIONS = {
     "float16_squares_overflow": (lambda x: x * 300, 1e-5),
     "zero_row_and_bert_eps": (lambda x: x * 0, 1e-12),
     "small_row_and_bert_eps": (lambda x: x * 1e-5, 1e-12),
+    "offset_12": (lambda x: x + 12, 1e-5),
     "offset_1e3": (lambda x: x + 1e3, 1e-5),
     "offset_1e4": (lambda x: x + 1e4, 1e-5),
     "large_row_of_small_deviations": (lambda x: x + 2.0**100, 1e-12),
