@@ -291,3 +291,47 @@ def test_size_of_the_data_decides_what_was_left_open(n_tokens):
 def test_result_says_what_was_decided():
     result = fit(TinyModel(), TRAIN, VALIDATION, config=TrainingConfig(max_seconds=0.2))
     assert result.config == TrainingConfig(max_seconds=0.2).for_tokens(sum(TRAIN.lengths))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lr", 0.06), ("weight_decay", 0.5), ("warmup", 0.5), ("decay", "linear"),
+        ("clip_norm", 1e-3), ("label_smoothing", 0.3), ("token_dropout", 0.5),
+        ("batch_tokens", 32), ("precision", "bfloat16"),
+    ],
+)  # fmt: skip
+def test_each_setting_changes_the_training(name, value):
+    assert losses(run()[1].history) != losses(
+        run(dataclasses.replace(CONFIG, **{name: value}))[1].history
+    )
+
+
+def test_token_dropout_spares_the_first_token_and_the_padding():
+    seen = []
+
+    class Looks(TinyModel):
+        def forward(self, input_ids, attention_mask):
+            if self.training:
+                seen.append((input_ids.clone(), attention_mask))
+            return super().forward(input_ids, attention_mask)
+
+    rows = TinyRows(60, seed=1)
+    rows.rows = [[2, *row] for row in rows.rows]
+    rows.lengths = [len(row) for row in rows.rows]
+    fit(Looks(), rows, VALIDATION, config=dataclasses.replace(CONFIG, token_dropout=0.5))
+    ids = torch.cat([x[mask] for x, mask in seen])
+    share = float((ids == 1).sum()) / float((ids != 2).sum())
+    # Half of n tokens, give or take six standard deviations.
+    assert abs(share - 0.5) < 6 * 0.5 / len(ids) ** 0.5
+    assert all(bool((x[:, 0] == 2).all()) for x, _ in seen)
+    assert all(bool((x[~mask] == 0).all()) for x, mask in seen)
+
+
+def test_learning_rate_rises_and_falls():
+    config = dataclasses.replace(CONFIG, warmup=0.5)
+    rates = [e["lr"] for e in run(config)[1].history if e["event"] == "step"]
+    top = rates.index(max(rates))
+    assert rates[: top + 1] == sorted(rates[: top + 1])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    assert 0 < rates[-1] < rates[0] < max(rates) <= CONFIG.lr
