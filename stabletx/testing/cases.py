@@ -266,7 +266,10 @@ def _draft(sizes: Shape, family: str, seed: int, dtype: torch.dtype, amplitude: 
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got family={family!r}.")
     maker = FAMILIES[family]
     draft = maker.make(sizes, torch.Generator().manual_seed(seed), dtype)
-    return draft if maker.exact else draft._replace(q=draft.q * amplitude)
+    if maker.exact:
+        return draft
+    largest = torch.finfo(torch.float64).max
+    return draft._replace(q=(draft.q * amplitude).clamp(-largest, largest))
 
 
 def _unless_exact(bound: Tensor | None, exact: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -270,6 +270,11 @@ def _fits(actual: Tensor, candidate: Tensor, bound: Tensor, changed: Call | None
 
 def _precision(call: Call, of: Of, actual: Tensor, exact: Tensor) -> Cause | None:
     """Find the narrowest statement of lower precision that explains everything."""
+    if of != "out":
+        profile = Profile(recompute_from_lse=True, delta_from_output=True)
+        if compare(_exact(call, of, profile)[1], actual, exact).within:
+            sentence = "the backward pass rebuilds the weights from one rounded logsumexp"
+            return Cause("weights_from_lse", sentence)
     own = torch.finfo(call.q.dtype).eps if call.q.dtype == torch.float64 else 2.0**-23
     kinds = [x for x in (torch.float32, torch.float16, torch.bfloat16) if torch.finfo(x).eps > own]
     stated: tuple[tuple[str, Callable[[torch.dtype], Profile], str], ...] = (
@@ -288,11 +293,6 @@ def _precision(call: Call, of: Of, actual: Tensor, exact: Tensor) -> Cause | Non
             if _FILLED < compare(_exact(call, of, profile)[1], actual, exact).occupancy <= 1:
                 said = sentence.format(str(dtype).removeprefix("torch."))
                 return Cause(name, f"{said}; if that is meant, pass profile={_shown(profile)}")
-    if of != "out":
-        profile = Profile(recompute_from_lse=True, delta_from_output=True)
-        if compare(_exact(call, of, profile)[1], actual, exact).within:
-            sentence = "the backward pass rebuilds the weights from one rounded logsumexp"
-            return Cause("weights_from_lse", sentence)
     return None
 
 
