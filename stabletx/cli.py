@@ -26,9 +26,6 @@ examples:
   echo "What a wonderful film" | stabletx predict runs/reviews
   stabletx predict runs/reviews lines.txt --json
   stabletx predict runs/reviews new-reviews.csv --text review"""
-_CHECK_HELP = """\
-example:
-  stabletx check --help"""
 _BENCH_HELP = """\
 examples:
   stabletx bench
@@ -123,7 +120,7 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     _add_train(_verb(verbs, "train", "train a text classifier", _TRAIN_HELP, _train))
     _add_evaluate(_verb(verbs, "evaluate", "measure a trained model", _EVALUATE_HELP, _evaluate))
     _add_predict(_verb(verbs, "predict", "label texts", _PREDICT_HELP, _predict))
-    check = _verb(verbs, "check", "hold an attention to the laws", _CHECK_HELP, _check)
+    check = _verb(verbs, "check", "hold an attention to the laws", "", _check)
     if verb == "check":
         from stabletx.testing.command import add_check_arguments
 
