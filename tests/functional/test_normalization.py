@@ -146,6 +146,7 @@ REGRESSIONS = {
     "offset_1e4": (lambda x: x + 1e4, 1e-5),
     "large_row_of_small_deviations": (lambda x: x + 2.0**100, 1e-12),
     "large_row_of_large_deviations": (lambda x: x * 2.0**90 + 2.0**100, 1e-12),
+    "large_row_and_large_eps": (lambda x: x * 2.0**40, 1.0),
     "one_large_feature": (lambda x: x + 1e4 * (torch.arange(x.shape[-1]) == 3), 1e-5),
     "row_far_below_the_root_of_eps": (lambda x: x * 1e-30, 1e-12),
 }
