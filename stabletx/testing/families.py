@@ -132,7 +132,7 @@ def _huge_keys(z: Shape, r: torch.Generator, dtype: torch.dtype) -> Draft:
 def _logit_offset(z: Shape, r: torch.Generator, dtype: torch.dtype) -> Draft:
     """Make every score a large common offset plus a small exact number: the offset cancels."""
     base = _gaussian(z, r, dtype)
-    offset = _choice(r, [2.0**6, 2.0**8, 2.0**10])
+    offset = _choice(r, [2.0**8, 2.0**12, 2.0**15])
     q = torch.randint(-2, 3, base.q.shape, generator=r).double()
     k = torch.randint(-2, 3, base.k.shape, generator=r).double()
     if z.d:
