@@ -82,5 +82,5 @@ def swiglu(
     _checks.check_float("up", up)
     _checks.check_same("dtype", "up", up.dtype, "gate", gate.dtype)
     _checks.check_same("shape", "up", tuple(up.shape), "gate", tuple(gate.shape))
-    work = compute_dtype(gate.dtype)
-    return (torch.nn.functional.silu(gate.to(work)) * up.to(work)).to(gate.dtype)
+    opened = torch.nn.functional.silu(gate.to(compute_dtype(gate.dtype)))
+    return (opened * up).to(gate.dtype)

@@ -7,7 +7,6 @@ from einops import rearrange
 from torch import Tensor
 
 from stabletx import _checks
-from stabletx._precision import compute_dtype
 
 
 def rotary_tables(
@@ -77,8 +76,8 @@ def rotate(
         TypeError: if ``x`` is not floating point, or a table not float32 or float64.
         ValueError: if a table does not fit ``x``, or the two tables differ in shape.
 
-    Numerics: computed in float32 (float64 for float64), rounded once. A value that is not finite
-    spoils its own pair and nothing else.
+    Numerics: computed in float32 (float64 where ``x`` or a table is), rounded once. A value that is
+    not finite spoils its own pair and nothing else.
     Source: Su et al. (2021), arXiv 2104.09864, section 3.4.2.
 
     >>> cos, sin = rotary_tables(torch.tensor([0, 1]), 2)
@@ -90,11 +89,10 @@ def rotate(
     _checks.check_rotary_table("cos", cos, x)
     _checks.check_rotary_table("sin", sin, x)
     _checks.check_same("shape", "sin", tuple(sin.shape), "cos", tuple(cos.shape))
-    work = compute_dtype(x.dtype)
-    cos, sin = cos.to(work), sin.to(work)
     pairs = "... (p two) -> two ... p" if interleaved else "... (two p) -> two ... p"
     turned, kept = x[..., : 2 * cos.shape[-1]], x[..., 2 * cos.shape[-1] :]
-    a, b = rearrange(turned.to(work), pairs, two=2)
+    a, b = rearrange(turned, pairs, two=2)
+    # Tables of at least float32 lift 16-bit features to their own dtype.
     both = torch.stack([a * cos - b * sin, b * cos + a * sin])
     out = rearrange(both, " -> ".join(reversed(pairs.split(" -> ")))).to(x.dtype)
     return out if kept.shape[-1] == 0 else torch.cat([out, kept], -1)

@@ -324,6 +324,14 @@ def test_the_dtype_of_the_parameters_does_not_lower_that_of_the_statistics(name,
 
 
 @each_function
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_float64_parameters_count_as_float32_for_other_inputs(name, dtype):
+    x, vectors = noise(4, 32, dtype=dtype), parameters(name, 32, torch.float64)
+    rounded = {key: value.float() for key, value in vectors.items()}
+    assert torch.equal(FUNCTIONS[name](x, **vectors), FUNCTIONS[name](x, **rounded))
+
+
+@each_function
 @each_dtype
 def test_no_parameters_mean_weight_one_and_bias_zero(name, dtype):
     x = noise(4, 32, dtype=dtype)
