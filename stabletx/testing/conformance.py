@@ -276,9 +276,9 @@ class _Run:
         self, laws: Sequence[Law], dtype: torch.dtype, why: str, counts: bool
     ) -> list[Verdict]:
         """Report a dtype that is not accepted: broken only where it had to be."""
+        first = laws[:1] if counts else ()
         return [
-            Verdict.of(law, dtype, "broken" if counts and law.name == "form" else "not asked", why)
-            for law in laws
+            Verdict.of(law, dtype, "broken" if law in first else "not asked", why) for law in laws
         ]
 
     def _law(

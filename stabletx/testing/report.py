@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import platform
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -123,12 +124,14 @@ class ConformanceReport:
         return None
 
     def findings(self) -> list[tuple[str, str, list[str]]]:
-        """Return one sentence for each broken law: (law, sentence, dtypes)."""
-        found: dict[str, tuple[str, list[str]]] = {}
+        """Return one sentence for each way in which a law is broken: (law, sentence, dtypes)."""
+        found: dict[tuple[str, str], tuple[str, list[str]]] = {}
         for verdict in self.broken:
+            # Dtypes that differ in numbers alone are told together.
+            kind = re.sub(r"[-+]?\d[\d.e+-]*|, #.*bound", "#", verdict.message)
             first = f"{verdict.sentence} Broken: {verdict.message}"
-            found.setdefault(verdict.law, (first, []))[1].append(verdict.dtype)
-        return [(law, text, dtypes) for law, (text, dtypes) in found.items()]
+            found.setdefault((verdict.law, kind), (first, []))[1].append(verdict.dtype)
+        return [(law, text, dtypes) for (law, _), (text, dtypes) in found.items()]
 
     def summary(self) -> str:
         """Say in one line what came out."""
@@ -172,11 +175,16 @@ class ConformanceReport:
     def _broken(self) -> list[str]:
         rows: list[str] = []
         for law, text, dtypes in self.findings():
-            first = next(verdict for verdict in self.broken if verdict.law == law)
+            first = self._first(law, dtypes)
             aside = "" if first.counted else ", beyond 2^60: not counted"
             rows += ["", f"✗ {law} ({', '.join(dtypes)}{aside})", f"  {text}"]
             rows += [f"    {line}" for line in first.code.splitlines()]
         return rows
+
+    def _first(self, law: str, dtypes: Sequence[str]) -> Verdict:
+        verdict = self.verdict(law, dtypes[0])
+        assert verdict is not None
+        return verdict
 
     def to_json(self) -> str:
         """Return everything as JSON, with the versions it was found under."""
@@ -213,7 +221,7 @@ _STYLE = (
 def _body(report: ConformanceReport) -> str:
     parts = [f"<h2>{html.escape(report.summary())}</h2>", picture([report])]
     for law, text, dtypes in report.findings():
-        first = next(verdict for verdict in report.broken if verdict.law == law)
+        first = report._first(law, dtypes)
         aside = "" if first.counted else " (beyond 2^60: not counted)"
         parts.append(f"<h3>{html.escape(law)}: {html.escape(', '.join(dtypes))}{aside}</h3>")
         parts.append(f"<p>{html.escape(text)}</p><pre>{html.escape(first.code)}</pre>")
@@ -296,7 +304,10 @@ def replay_code(law: str, fn: object, setting: Setting) -> str:
     module, name = getattr(fn, "__module__", None), getattr(fn, "__qualname__", "")
     known = getattr(fn, "known_as", "")
     if known:
-        found = f'from stabletx.testing.known import known_attention\n\nattention = known_attention("{known}")'
+        found = (
+            "from stabletx.testing.known import known_attention\n\n"
+            f'attention = known_attention("{known}")'
+        )
     elif module and name and "<" not in name and module != "__main__" and "." not in name:
         found = f"from {module} import {name} as attention\n"
     else:

@@ -143,7 +143,7 @@ class Ask:
         place = _first_worst(ratio)
         times = f", {worst:.3g} times the bound" if worst < torch.inf else ""
         raise Violation(
-            f"{what}[{', '.join(map(str, place))}] is {got[place]:.6g}, not {want[place]:.6g}"
+            f"{what}[{', '.join(map(str, place))}] is {got[place]:.9g}, not {want[place]:.9g}"
             f"{times}."
         )
 

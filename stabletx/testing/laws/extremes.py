@@ -9,9 +9,10 @@ from dataclasses import replace
 
 import torch
 
+from stabletx.testing.cases import AttentionCase
 from stabletx.testing.laws.accuracy import BOUND, check_agreement, check_gradient_agreement
 from stabletx.testing.laws.ask import Ask
-from stabletx.testing.laws.law import Law
+from stabletx.testing.laws.law import Law, Violation
 from stabletx.testing.laws.limits import ones_limit
 from stabletx.testing.laws.setting import SHORT, SMALL_DIMS, Choices, Setting
 
@@ -29,19 +30,36 @@ def check_flat_values(ask: Ask, setting: Setting) -> None:
     ask.within("With values at a quarter of the largest float, out", ask.out(case), expected, bound)
 
 
-def check_huge_keys(ask: Ask, setting: Setting) -> None:
-    """Let scores leave the range of the dtype; with every value 1, the output is 1."""
+def _equal_keys(setting: Setting) -> AttentionCase:
+    """Let all scores leave the range of the dtype, all equal, with every value 1."""
     case = setting.case()
     largest = 0.875 * torch.finfo(setting.dtype).max
-    one = replace(
+    return replace(
         case,
         q=torch.ones_like(case.q),
         k=torch.full_like(case.k, largest),
         v=torch.ones_like(case.v),
     )
+
+
+def check_huge_keys(ask: Ask, setting: Setting) -> None:
+    """Ask for the sum of the weights, which is 1."""
+    one = _equal_keys(setting)
+    want = torch.ones(one.grad_out.shape).double()
     limit = ones_limit(one, ask.profile)
-    want = torch.ones(case.grad_out.shape).double()
     ask.within("With keys near the largest float and every value 1, out", ask.out(one), want, limit)
+
+
+def check_not_silent(ask: Ask, setting: Setting) -> None:
+    """Ask likewise: what cannot be computed must at least not look like an answer."""
+    one = _equal_keys(setting)
+    out, limit = ask.out(one), float(ones_limit(one, ask.profile))
+    silent = out.isfinite() & ((out.double() - 1).abs() > limit)
+    if bool(silent.any()):
+        raise Violation(
+            "With keys near the largest float and every value 1, out is silently "
+            f"{float(out[silent][0]):.6g}, not 1."
+        )
 
 
 LAWS = (
@@ -59,9 +77,18 @@ LAWS = (
         "Keys near the largest float, all equal, still give weights that sum to 1.",
         FINITE,
         check_huge_keys,
-        Choices(lengths=LENGTHS, dims=SMALL_DIMS),
+        Choices(lengths=((1, 16), *LENGTHS), dims=SMALL_DIMS[:2]),
         extreme=True,
         share=0.3,
+    ),
+    Law(
+        "extreme-honesty",
+        "Where scores leave the range of the dtype, a wrong answer is not a finite one.",
+        "IEEE 754-2019, section 7.4: overflow is signalled",
+        check_not_silent,
+        Choices(lengths=((1, 16), *LENGTHS), dims=SMALL_DIMS[:2]),
+        extreme=True,
+        share=0.5,
     ),
     Law(
         "extreme-agreement",

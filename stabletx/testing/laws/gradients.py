@@ -11,7 +11,7 @@ from stabletx.testing.laws.ask import Ask
 from stabletx.testing.laws.blocked import allowed_pairs
 from stabletx.testing.laws.law import Law, Violation
 from stabletx.testing.laws.limits import value_gradient_limit
-from stabletx.testing.laws.setting import LONG, SHORT, SMALL_DIMS, Choices, Setting
+from stabletx.testing.laws.setting import LONG, SHORT, Choices, Setting
 
 ROW_SUMS = "the weights of a row sum to 1, so their differentials sum to 0"
 

@@ -17,7 +17,7 @@ Refused = Collection[tuple[int, int]]
 _MOST_WORK = 1 << 21
 
 # (t, s): one key, one query, more of either, and both sides of the tiles that kernels cut.
-SHORT = ((5, 5), (1, 1), (2, 3), (1, 6), (7, 3), (3, 1), (8, 8), (9, 17))
+SHORT = ((5, 5), (1, 1), (2, 3), (1, 6), (7, 3), (3, 1), (8, 8), (1, 9), (9, 17))
 LONG = (
     *((65, 65), (1, 129), (127, 128), (192, 192), (64, 64), (63, 129), (129, 65), (31, 33)),
     *((16, 16), (256, 256), (3, 513), (300, 7), (128, 130), (2, 1025), (96, 320), (64, 192)),
@@ -154,7 +154,8 @@ class Choices:
         def column(name: str, items: Sequence[Item]) -> Iterator[Item]:
             return _cycle(items, f"{seed}/{salt}/{name}")
 
-        lengths = column("ts", [x for x in self.lengths if "cross" in features or x[0] == x[1]])
+        usable = [x for x in self.lengths if "cross" in features or x[0] == x[1]]
+        lengths = _turns([column(f"ts{i}", group) for i, group in enumerate(_by_size(usable))])
         heads = column("bhg", [x for x in self.heads if "grouped" in features or x[1] == x[2]])
         widths = [x for x in self.dims if "value-dim" in features or x[0] == x[1]]
         dims = column("de", [x for x in widths if x not in refused] or [(16, 16)])
@@ -207,6 +208,21 @@ def _cycle(column: Sequence[Item], key: str) -> Iterator[Item]:
     source = random.Random(key)
     while True:
         yield from source.sample(list(column), len(column))
+
+
+def _by_size(lengths: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """Part lengths into short, middling and long ones, so that few examples hold some of each."""
+    groups: list[list[tuple[int, int]]] = [[], [], []]
+    for pair in lengths:
+        groups[(max(pair) >= 16) + (max(pair) >= 128)].append(pair)
+    return [group for group in groups if group]
+
+
+def _turns(streams: Sequence[Iterator[Item]]) -> Iterator[Item]:
+    """Take from each stream in turn."""
+    while True:
+        for stream in streams:
+            yield next(stream)
 
 
 def on_device(case: AttentionCase, device: str) -> AttentionCase:

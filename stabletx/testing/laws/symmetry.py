@@ -7,7 +7,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from stabletx.testing.cases import AttentionCase
 from stabletx.testing.laws.ask import Ask
 from stabletx.testing.laws.blocked import allowed_pairs
 from stabletx.testing.laws.law import Law
