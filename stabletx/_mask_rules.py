@@ -30,8 +30,8 @@ class Band:
         uppers = [x for x in (self.upper, other.upper) if x is not None]
         keeps = [x for x in (self.keep, other.keep) if x is not None]
         return Band(
-            max(lowers, default=None),
-            min(uppers, default=None),
+            max(lowers) if lowers else None,
+            min(uppers) if uppers else None,
             keeps[0] & keeps[1] if len(keeps) == 2 else (keeps[0] if keeps else None),
         )
 
@@ -65,7 +65,7 @@ class Rule(ABC):
     def sizes(self) -> tuple[int | None, int | None]:
         """Give the rule's own batch size and heads; None or 1 where it serves any."""
         batch = [x.shape[0] for x in self.tensors()]
-        return max(batch, default=None), None
+        return max(batch) if batch else None, None
 
     def device(self) -> torch.device:
         """Give the device of the rule's tensors, or the CPU."""
@@ -247,9 +247,11 @@ class Dense(Rule):
 
 
 def _joined_sizes(left: Rule, right: Rule) -> tuple[int | None, int | None]:
-    pairs = zip(left.sizes(), right.sizes(), strict=True)
-    batch, heads = (max((x for x in pair if x is not None), default=None) for pair in pairs)
-    return batch, heads
+    joined = []
+    for pair in zip(left.sizes(), right.sizes(), strict=True):
+        known = [x for x in pair if x is not None]
+        joined.append(max(known) if known else None)
+    return joined[0], joined[1]
 
 
 @dataclass(frozen=True, repr=False)

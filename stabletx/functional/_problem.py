@@ -92,13 +92,14 @@ def checked_problem(
         _checks.check_sinks(sinks, h, q)
     if scale is None:
         scale = d**-0.5 if d else 1.0
-    _checks.check_finite_number("scale", scale)
+    else:
+        _checks.check_finite_number("scale", scale)
     if softcap is not None:
         _checks.check_softcap(softcap)
     _checks.check_probability("dropout_p", dropout_p)
     _checks.check_training_given(dropout_p, training)
     dropout_p = dropout_p if training else 0.0
-    return Problem(q, k, v, mask, bias, float(scale), softcap, sinks, dropout_p)
+    return Problem(q, k, v, mask, bias, scale, softcap, sinks, dropout_p)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

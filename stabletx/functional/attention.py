@@ -195,7 +195,7 @@ def attention_details(
 def _choose(problem: Problem, method: str, *, stats: bool, weights: bool) -> tuple[_Core, str, str]:
     """Pick the core for a problem; say its name and why."""
     _checks.check_one_of("method", method, get_args(Method))
-    transformed = _needs_plain_operations(problem)
+    transformed = needs_plain_operations(problem)
     obstacle = can_fuse(problem)
     tiles = _by_tiles_in_detail if stats else _by_tiles
     if method == "fused":
@@ -215,7 +215,7 @@ def _choose(problem: Problem, method: str, *, stats: bool, weights: bool) -> tup
     return _by_kernel, "fused", "nothing stands against torch's fused kernel"
 
 
-def _needs_plain_operations(problem: Problem) -> str:
+def needs_plain_operations(problem: Problem) -> str:
     """Say which transform only plain operations can go through; an empty text for none."""
     if torch.compiler.is_compiling():
         return "torch.compile or torch.export is tracing"

@@ -13,7 +13,7 @@ from stabletx.functional._problem import checked_problem
 from stabletx.functional._runs import attend_runs
 from stabletx.functional._sight import values_may_be_read
 from stabletx.functional.attention import Method, attention
-from stabletx.functional.attention import _needs_plain_operations as needs_plain_operations
+from stabletx.functional.attention import needs_plain_operations as needs_plain_operations
 from stabletx.functional.fused import SPLIT_ROWS, can_fuse
 from stabletx.masks import Mask
 from stabletx.packing import Plan, Run

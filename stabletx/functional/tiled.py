@@ -210,10 +210,11 @@ class _Tiled(torch.autograd.Function):
             q.new_zeros(b, h, t, v.shape[3]),
             *(q.new_full((b, h, t), fill) for fill in (-torch.inf, 0.0, -torch.inf, 0.0)),
         )
-        for block in plan.query_blocks():
-            parts = _forward_block(q, k, v, bias, sinks, plan, block)
-            for whole, part in zip(rows, parts, strict=True):
-                whole[:, :, block] = part
+        with torch.autocast(q.device.type, enabled=False):
+            for block in plan.query_blocks():
+                parts = _forward_block(q, k, v, bias, sinks, plan, block)
+                for whole, part in zip(rows, parts, strict=True):
+                    whole[:, :, block] = part
         lse = rows.top + rows.total.log()
         lse = torch.where(rows.top == -torch.inf, -torch.inf, lse)
         ctx.save_for_backward(q, k, v, bias, sinks, rows.out, rows.top, rows.total)
@@ -242,7 +243,8 @@ class _Tiled(torch.autograd.Function):
                 out[:, :, rows], top[:, :, rows], total[:, :, rows],
                 grads[0][:, :, rows], grads[1][:, :, rows],
             )  # fmt: skip
-            _backward_block(q, k, v, bias, sinks, plan, rows, saved, whole)
+            with torch.autocast(q.device.type, enabled=False):
+                _backward_block(q, k, v, bias, sinks, plan, rows, saved, whole)
         return (whole.q, whole.k, whole.v, whole.bias, whole.sinks, None, None)
 
 

@@ -112,6 +112,29 @@ def test_compiled_attention_has_no_graph_break_and_agrees(dtype, mask):
     assert torch.equal(compiled(q, k, v), exact)
 
 
+@every_method
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_no_bit_of_float32_attention(method, dtype):
+    q, k, v, bias, _ = inputs(dtype=torch.float32)
+    plain = attention(q, k, v, mask=Mask.causal(), bias=bias, method=method)
+    with torch.autocast("cpu", dtype=dtype):
+        cast = attention(q, k, v, mask=Mask.causal(), bias=bias, method=method)
+    assert cast.dtype == torch.float32
+    assert torch.equal(cast, plain)
+
+
+def test_lengths_may_vary_without_a_graph_break():
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda q, k, v: attention(q, k, v, mask=Mask.causal() & Mask.window(3, 0)),
+        fullgraph=True, backend="aot_eager", dynamic=True,
+    )  # fmt: skip
+    for n in (5, 7, 11):
+        q, k, v, _, _ = inputs(t=n, s=n, dtype=torch.float32)
+        exact = attention(q, k, v, mask=Mask.causal() & Mask.window(3, 0), method="exact")
+        assert torch.equal(compiled(q, k, v), exact)
+
+
 def test_dropout_keeps_the_mean_and_drops_the_share():
     torch.manual_seed(0)
     q = torch.zeros(1, 1, 512, 4)
