@@ -9,14 +9,17 @@ from stabletx.testing.assertions import (
     occupancies,
 )
 from stabletx.testing.cases import AttentionCase, Shape
+from stabletx.testing.conformance import check_attention, law_tests
 from stabletx.testing.explain import Explanation, explain_difference
 from stabletx.testing.families import FAMILIES
+from stabletx.testing.laws import LAWS
 from stabletx.testing.reference import (
     Gradients,
     Reference,
     reference_attention,
     reference_gradients,
 )
+from stabletx.testing.report import ConformanceReport
 from stabletx.testing.strategies import attention_cases
 from stabletx.testing.tolerances import (
     Bound,
@@ -36,9 +39,11 @@ from stabletx.testing.tolerances import (
 
 __all__ = [
     "FAMILIES",
+    "LAWS",
     "AttentionCase",
     "Bound",
     "Comparison",
+    "ConformanceReport",
     "Explanation",
     "Gradients",
     "Profile",
@@ -47,6 +52,7 @@ __all__ = [
     "assert_within",
     "attention_cases",
     "attention_error_bound",
+    "check_attention",
     "compare",
     "compare_all",
     "condition_scales",
@@ -54,6 +60,7 @@ __all__ = [
     "cross_entropy_error_bound",
     "explain_difference",
     "is_vacuous",
+    "law_tests",
     "layer_norm_error_bound",
     "log_softmax_error_bound",
     "logsumexp_error_bound",
