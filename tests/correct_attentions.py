@@ -114,7 +114,10 @@ def tiled(q, k, v, mask, scale, block):
         now = torch.maximum(top, scores.detach().amax(-1, keepdim=True))
         base = torch.where(now.isinf(), 0, now)
         exps, fade = (scores - base).exp(), (torch.where(top.isinf(), base, top) - base).exp()
-        total, out = total * fade + exps.sum(-1, keepdim=True), out * fade + exps @ values[:, :, part]
+        total, out = (
+            total * fade + exps.sum(-1, keepdim=True),
+            out * fade + exps @ values[:, :, part],
+        )
         top = now
     return x.finish(out / torch.where(total == 0, 1, total))
 
@@ -164,14 +167,13 @@ def written_backward(q, k, v, *, mask=None, scale=None):
 
 
 def base_two(q, k, v, *, mask=None, scale=None):
-    """Powers of two in place of exponentials, the factor log2(e) taken into the queries."""
+    """Powers of two in place of exponentials, the factor log2(e) after the maximum is off."""
     x = Ready(q, k, v, mask, scale, torch.promote_types(q.dtype, torch.float32))
-    scores = (x.q * (x.scale * math.log2(math.e))) @ x.full(x.k).mT
-    scores = scores.masked_fill(~x.allowed, -math.inf)
+    scores = (x.q @ x.full(x.k).mT * x.scale).masked_fill(~x.allowed, -math.inf)
     if not k.shape[2]:
         return x.finish(scores @ x.full(x.v))
     top = scores.amax(-1, keepdim=True)
-    exps = (scores - torch.where(top.isinf(), 0, top).detach()).exp2()
+    exps = ((scores - torch.where(top.isinf(), 0, top).detach()) * math.log2(math.e)).exp2()
     total = exps.sum(-1, keepdim=True)
     return x.finish((exps / torch.where(total == 0, 1, total)) @ x.full(x.v))
 

@@ -111,7 +111,7 @@ def mha(
         blocked = None
         if mask is not None:
             blocked = ~mask.expand(b, h, t, s).reshape(b * h, t, s)
-        out, _ = layer(*merged, attn_mask=blocked, need_weights=need_weights)
+        out: Tensor = layer(*merged, attn_mask=blocked, need_weights=need_weights)[0]
         return out.reshape(b, t, h, d).transpose(1, 2)
 
     return Adapted(call, name or "MultiheadAttention", (), ("scale", "grouped", "value-dim"))
@@ -164,13 +164,15 @@ def huggingface(fn: Callable[..., Any], *, additive: bool = False, name: str = "
             if additive:
                 zeros = torch.zeros(given.shape, dtype=q.dtype, device=q.device)
                 given = zeros.masked_fill(~given, torch.finfo(q.dtype).min)
-        out = fn(holder, q, k, v, given, scaling=own, dropout=0.0)[0]
+        out: Tensor = fn(holder, q, k, v, given, scaling=own, dropout=0.0)[0]
         return out.transpose(1, 2)
 
     return Adapted(call, name or getattr(fn, "__name__", "attention"))
 
 
-def arrays(fn: Callable[..., Any], *, to: Callable[[Any], Any] | None = None, name: str = "") -> Adapted:
+def arrays(
+    fn: Callable[..., Any], *, to: Callable[[Any], Any] | None = None, name: str = ""
+) -> Adapted:
     """Adapt a function on arrays of NumPy's kind: ``fn(q, k, v, mask, scale) -> array``.
 
     Args:

@@ -21,11 +21,15 @@ def add_check_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EXAMPLES
     parser.add_argument("name", nargs="?", help="a ready name, or package.module:function")
-    parser.add_argument("--all", action="store_true", help="ask every ready name, write a scoreboard")
+    parser.add_argument(
+        "--all", action="store_true", help="ask every ready name, write a scoreboard"
+    )
     parser.add_argument("--list", action="store_true", help="list the ready names")
     parser.add_argument("--effort", choices=("quick", "default", "thorough"), default="default")
     parser.add_argument("--supports", nargs="*", default=(), help="bias softcap sinks lse ...")
-    parser.add_argument("--dtypes", nargs="*", default=None, help="float64 float32 bfloat16 float16")
+    parser.add_argument(
+        "--dtypes", nargs="*", default=None, help="float64 float32 bfloat16 float16"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-examples", type=int, default=None)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from stabletx.testing._deadline import Overdue, call_within
-from stabletx.testing._features import Features, declared, probed
+from stabletx.testing._features import PLAIN, Features, declared, probed
 from stabletx.testing.cases import Shape
 from stabletx.testing.laws import LAWS, Ask, Law, NotAsked, Raised, Setting, Violation
 from stabletx.testing.laws.ask import Attention, first_line
@@ -86,12 +86,15 @@ def check_attention(
     >>> report.passed
     True
     """
-    if isinstance(profile, str):
-        profile, effort = None, profile
+    stated_profile = None if isinstance(profile, str) else profile
+    effort = profile if isinstance(profile, str) else effort
+    if effort not in _EXAMPLES:
+        listed = ", ".join(_EXAMPLES)
+        raise ValueError(f"effort must be one of {listed}, got effort={effort!r}.")
     chosen = _chosen(laws)
     n = max_examples or _EXAMPLES[effort]
     plan = _Plan(n, seed, time_limit_seconds, _SHRINK_SECONDS[effort], extremes, stop_early)
-    run = _Run(fn, profile, plan, budget_seconds)
+    run = _Run(fn, stated_profile, plan, budget_seconds)
     stated = declared(fn, supports, lacks)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -125,7 +128,7 @@ def replay(law: str, fn: Attention, setting: Setting, profile: Profile | None = 
     'out['
     """
     (found,) = _chosen([law])
-    features = declared(fn, set(found.needs) - {"mask", "scale", "gradient"} & set(), ())
+    features = declared(fn, set(found.needs) - set(PLAIN), ())
     ask = Ask(fn, profile, frozenset(features.names))
     try:
         found.check(ask, setting)
@@ -160,7 +163,7 @@ def law_tests(fn: Attention, **options: Any) -> Callable[..., None]:
             request.config.stash.setdefault(_reports_key(), []).append(memory["report"])
         hold_law(memory["report"], law)
 
-    return test_laws
+    return test_laws  # type: ignore[no-any-return]
 
 
 def _reports_key() -> Any:

@@ -97,11 +97,9 @@ def _x_transformers() -> Adapted:
 
 
 def _stabletx() -> Adapted:
-    module = _load("stabletx.functional", "stabletx")
+    module = _load("stabletx", "stabletx")
 
-    def call(
-        q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False, **options: Any
-    ) -> Any:
+    def call(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False, **options: Any) -> Any:
         if not return_lse:
             return module.attention(q, k, v, **options)
         details = module.attention_details(q, k, v, **options)

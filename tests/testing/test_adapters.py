@@ -19,7 +19,9 @@ def agrees(fn, laws=("agreement", "exact-selection"), **options):
 
 
 def test_sdpa_style_agrees_with_and_without_bias():
-    report = agrees(sdpa_style(F.scaled_dot_product_attention), laws=["agreement", "bias-agreement"])
+    report = agrees(
+        sdpa_style(F.scaled_dot_product_attention), laws=["agreement", "bias-agreement"]
+    )
     assert report.passed, str(report)
     assert report.verdict("bias-agreement", "float32").status == "held"
 

@@ -269,7 +269,6 @@ def test_a_silently_wrong_second_derivative_is_found():
     assert right.passed, str(right)
 
 
-@pytest.mark.timeout(60)
 def test_a_quick_run_of_sdpa_is_quick():
     def sdpa(q, k, v, *, mask=None, scale=None):
         return F.scaled_dot_product_attention(
@@ -279,4 +278,5 @@ def test_a_quick_run_of_sdpa_is_quick():
     check_attention(sdpa, dtypes=F32, laws=["form", "gradient-exists"], effort="quick")
     start = time.process_time()
     check_attention(sdpa, effort="quick")
+    # Five seconds on an idle machine; a shared one counts what its neighbours cost, too.
     assert time.process_time() - start < 20

@@ -16,7 +16,9 @@ WRONG = next(mutant for mutant in MUTANTS if mutant.name == "twice the answer")
 
 @pytest.fixture(scope="module")
 def broken():
-    return check_attention(WRONG, dtypes=[torch.float32, torch.float16], effort="quick", max_examples=1)
+    return check_attention(
+        WRONG, dtypes=[torch.float32, torch.float16], effort="quick", max_examples=1
+    )
 
 
 @pytest.fixture(scope="module")

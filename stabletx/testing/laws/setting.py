@@ -15,6 +15,7 @@ from stabletx.testing.cases import AttentionCase, Shape
 Item = TypeVar("Item")
 Refused = Collection[tuple[int, int]]
 _MOST_WORK = 1 << 21
+_DEFAULT = Shape()
 
 # (t, s): one key, one query, more of either, and both sides of the tiles that kernels cut.
 SHORT = ((5, 5), (1, 1), (2, 3), (1, 6), (7, 3), (3, 1), (8, 8), (1, 9), (9, 17))
@@ -60,7 +61,7 @@ class Setting:
         seed: of the draw.
     """
 
-    shape: Shape = Shape()
+    shape: Shape = _DEFAULT
     family: str = "gaussian"
     mask: str = "none"
     layout: str = "contiguous"
