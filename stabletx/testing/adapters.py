@@ -205,3 +205,27 @@ def arrays(
         return torch.from_numpy(out).to(q.device)
 
     return Adapted(call, name or getattr(fn, "__name__", "attention"), (), ("gradient",))
+
+
+READY: dict[str, Callable[..., Adapted]] = {
+    "sdpa": sdpa_style,
+    "mha": mha,
+    "huggingface": huggingface,
+    "arrays": arrays,
+}
+
+
+def adapt(
+    fn: Callable[..., Any], adapter: str | Callable[[Any], Callable[..., object]]
+) -> Callable[..., object]:
+    """Apply an adapter, given itself or by its ready name.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if callable(adapter):
+        return adapter(fn)
+    if adapter not in READY:
+        listed = ", ".join(repr(name) for name in READY)
+        raise ValueError(f"adapter must be a function or one of {listed}, got adapter={adapter!r}.")
+    return READY[adapter](fn)

@@ -14,6 +14,8 @@ EXAMPLES = """examples:
   stabletx check my_package.attention:attention --effort quick --html report.html
   stabletx check --all --output docs/scoreboard
 """
+# An attention that traces itself anew for each shape would take an hour.
+_SECONDS_EACH = 120.0
 
 
 def add_check_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +57,10 @@ def run_check(args: argparse.Namespace) -> int:
     if args.all:
         from stabletx.testing.scoreboard import write_scoreboard
 
-        written = write_scoreboard(args.output, **_options(args), progress=_say)
+        options = _options(args)
+        if options["budget_seconds"] is None:
+            options["budget_seconds"] = _SECONDS_EACH
+        written = write_scoreboard(args.output, **options, progress=_say)
         print(f"wrote {written}")
         return 0
     if not args.name:

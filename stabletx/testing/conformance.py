@@ -13,6 +13,7 @@ import torch
 
 from stabletx.testing._deadline import Overdue, call_within
 from stabletx.testing._features import PLAIN, Features, declared, probed
+from stabletx.testing.adapters import adapt
 from stabletx.testing.cases import Shape
 from stabletx.testing.laws import LAWS, Ask, Law, NotAsked, Raised, Setting, Violation
 from stabletx.testing.laws.ask import Attention, first_line
@@ -31,6 +32,7 @@ ORDINARY = 2.0**60
 def check_attention(
     fn: Attention,
     *,
+    adapter: str | Callable[[Attention], Attention] | None = None,
     supports: Collection[str] = (),
     lacks: Collection[str] = (),
     dtypes: Sequence[torch.dtype] | None = None,
@@ -49,8 +51,9 @@ def check_attention(
 
     Args:
         fn: called as ``fn(q, k, v, *, mask=None, scale=None)`` with q (b, h, t, d), k (b, g, s, d),
-            v (b, g, s, e) and a bool mask (b or 1, h or 1, t, s), True = may attend. Adapters are
-            in :mod:`stabletx.testing.adapters`.
+            v (b, g, s, e) and a bool mask (b or 1, h or 1, t, s), True = may attend.
+        adapter: gives ``fn`` this signature: a function, or "sdpa", "mha", "huggingface" or
+            "arrays" for one in :mod:`stabletx.testing.adapters`.
         supports: what it offers beside that: "bias", "softcap", "sinks" (keywords of these
             names), "lse" (``return_lse=True`` gives a pair), "cache", "training" (keywords
             dropout_p and training), "higher" (second derivatives).
@@ -86,6 +89,7 @@ def check_attention(
     >>> report.passed
     True
     """
+    fn = fn if adapter is None else adapt(fn, adapter)
     stated_profile = None if isinstance(profile, str) else profile
     effort = profile if isinstance(profile, str) else effort
     if effort not in _EXAMPLES:

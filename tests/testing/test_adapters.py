@@ -113,3 +113,11 @@ def test_a_callable_is_found_by_its_path():
 def test_what_is_not_there_says_why(name, why):
     with pytest.raises(Unavailable, match=why):
         known_attention(name)
+
+
+def test_an_adapter_may_be_named_or_given():
+    sdpa = F.scaled_dot_product_attention
+    for adapter in ("sdpa", sdpa_style):
+        assert agrees(sdpa, laws=["exact-selection"], adapter=adapter).passed
+    with pytest.raises(ValueError, match="adapter='rocket'"):
+        agrees(sdpa, adapter="rocket")
