@@ -137,6 +137,8 @@ class ConformanceReport:
         """Say in one line what came out."""
         counts = Counter(verdict.status for verdict in self.verdicts)
         word = "passed" if self.passed else "FAILED"
+        if any(verdict.message == "out of time" for verdict in self.verdicts):
+            word = f"{word} in the time there was"
         return (
             f"{self.name}: {word}. {counts['held']} held, {counts['broken']} broken, "
             f"{counts['not asked']} not asked; worst error {self.occupancy:.2f} of the bound; "

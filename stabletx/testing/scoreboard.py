@@ -78,8 +78,9 @@ def _row(report: ConformanceReport) -> str:
     beyond = {verdict.law for verdict in report.broken if not verdict.counted} - broken
     held = {verdict.law for verdict in report.verdicts if verdict.status == "held"}
     rest = set(report.laws) - held - broken - beyond
+    late = any(verdict.message == "out of time" for verdict in report.verdicts)
     cells = (
-        report.name,
+        f"{report.name} (out of time)" if late else report.name,
         len(held - broken - beyond),
         len(broken),
         len(beyond),

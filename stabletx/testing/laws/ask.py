@@ -141,7 +141,8 @@ class Ask:
             self.worst = max(self.worst, worst)
             return
         place = _first_worst(ratio)
-        times = f", {worst:.3g} times the bound" if worst < torch.inf else ""
+        times = f", off by {float(error[place]):.3g}" if error[place] < torch.inf else ""
+        times += f", {worst:.3g} times the bound" if worst < torch.inf else ""
         raise Violation(
             f"{what}[{', '.join(map(str, place))}] is {got[place]:.9g}, not {want[place]:.9g}"
             f"{times}."
