@@ -26,7 +26,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(
-        f"{machine()}\n\n| workload | ours, ms | torch, ms | ratio | spread |\n|---|---|---|---|---|"
+        f"{machine()}\n\n| workload | ours, ms | torch, ms | ratio | spread |\n"
+        "|---|---|---|---|---|"
     )
     groups: dict[str, list[float]] = defaultdict(list)
     rows = {}

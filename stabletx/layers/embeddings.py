@@ -59,10 +59,8 @@ class TokenEmbedding(nn.Module):
         n_positions: how many positions have a vector of their own; None: none has.
         dropout_p: probability in [0, 1) that an entry is dropped while training.
 
-    Numerics: vectors start as a normal of standard deviation 0.02, small enough for a few hundred
-        steps of Adam to place them, and for scores against the same table (tied logits) to start
-        close to even.
-    Source: Radford et al. (2018), section 4.1.
+    Numerics: vectors start as a normal of standard deviation ``d_model ** -0.5``, so that each has
+        length 1 and scores against the same table (tied logits) start close to even.
     """
 
     def __init__(
@@ -86,7 +84,7 @@ class TokenEmbedding(nn.Module):
         """Draw the vectors anew."""
         for table in (self.tokens, self.positions):
             if table is not None:
-                nn.init.normal_(table.weight, std=0.02)
+                nn.init.normal_(table.weight, std=table.embedding_dim**-0.5)
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Look up ``ids`` (...) at ``positions``, whose shape broadcasts to theirs.

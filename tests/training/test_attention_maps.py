@@ -1,9 +1,9 @@
 import pytest
 import torch
-from standins import TinyModel
 
 from stabletx.models import SequenceClassifier, TransformerConfig
 from stabletx.training.attention_maps import last_attention, pick_examples
+from tests.training.standins import TinyModel
 
 
 @pytest.mark.parametrize("n_kv_heads", [None, 1])

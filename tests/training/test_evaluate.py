@@ -2,12 +2,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from standins import TinyModel, TinyRows
 
 from stabletx.data import Tokenizer, collate
 from stabletx.functional.softmax import softmax
 from stabletx.models import SequenceClassifier
 from stabletx.training import default_model, evaluate, predict
+from tests.training.standins import TinyModel, TinyRows
 
 TEXTS = ["a good film", "a very bad film indeed", "", "good good good " * 30, "bad"]
 

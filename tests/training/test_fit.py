@@ -11,12 +11,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from standins import TinyModel, TinyRows, losses
 
 from stabletx.training import CheckpointError, JsonLinesLog, TrainingConfig, TrainingError, fit
 from stabletx.training import checkpoint as ck
 from stabletx.training.events import read_log
 from stabletx.training.optimizer import balanced_weights, make_optimizer
+from tests.training.standins import TinyModel, TinyRows, losses
 
 fit_module = sys.modules["stabletx.training.fit"]  # the package's name `fit` is the function
 
@@ -81,7 +81,7 @@ import os, signal, sys
 from pathlib import Path
 from stabletx.training import JsonLinesLog, TrainingConfig, fit
 from stabletx.training import checkpoint as ck
-from standins import TinyModel, TinyRows
+from tests.training.standins import TinyModel, TinyRows
 
 folder, way, at = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 
