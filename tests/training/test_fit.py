@@ -296,7 +296,7 @@ def test_result_says_what_was_decided():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("lr", 0.06), ("weight_decay", 0.5), ("warmup", 0.5), ("decay", "linear"),
+        ("lr", 0.06), ("weight_decay", 0.5), ("warmup", 0.5), ("decay", "cosine"),
         ("clip_norm", 1e-3), ("label_smoothing", 0.3), ("token_dropout", 0.5),
         ("batch_tokens", 32), ("precision", "bfloat16"),
     ],
@@ -329,7 +329,7 @@ def test_token_dropout_spares_the_first_token_and_the_padding():
 
 
 def test_learning_rate_rises_and_falls():
-    config = dataclasses.replace(CONFIG, warmup=0.5)
+    config = dataclasses.replace(CONFIG, warmup=0.5, decay="cosine")
     rates = [e["lr"] for e in run(config)[1].history if e["event"] == "step"]
     top = rates.index(max(rates))
     assert rates[: top + 1] == sorted(rates[: top + 1])
