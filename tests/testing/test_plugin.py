@@ -23,18 +23,9 @@ test_laws = law_tests(attention, dtypes=[torch.float32], max_examples=1)
 
 def run_pytest(tmp_path, module, name, *options):
     (tmp_path / "test_mine.py").write_text(PROJECT.format(module=module, name=name))
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p",
-               "stabletx.testing.plugin", *options, str(tmp_path / "test_mine.py")]  # fmt: skip
-    if "stabletx.testing.plugin" in loaded_plugins():
-        command = [x for x in command if x not in ("stabletx.testing.plugin",)]
-        command.remove("-p")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options,
+               str(tmp_path / "test_mine.py")]  # fmt: skip
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-
-
-def loaded_plugins():
-    from importlib.metadata import entry_points
-
-    return {point.value for point in entry_points(group="pytest11")}
 
 
 def test_one_test_a_law_passes_or_is_skipped_with_a_reason(tmp_path):
