@@ -29,7 +29,7 @@ class TrainingConfig:
         max_seconds: wall-clock limit for ``fit``, seconds; the learning rate then follows the
             clock where that is ahead of the epochs, and the run is not repeatable to the bit.
         batch_tokens: real tokens a batch at most, never below the longest row; None picks 256 to
-            2048, fewer where an epoch would be only few steps.
+            1024, fewer where an epoch would be only few steps.
         lr: highest learning rate.
         weight_decay: of matrices; norms and biases have none. As in ``torch.optim.AdamW``.
         warmup: share of the run in which the learning rate rises, in [0, 1).
@@ -97,7 +97,7 @@ class TrainingConfig:
         4
         """
         epochs = min(max(round(_RUN_TOKENS / max(n_tokens, 1)), 3), 10)
-        batch_tokens = min(max(n_tokens // 40, 256), 1024 if n_tokens < 500_000 else 2048)
+        batch_tokens = min(max(n_tokens // 40, 256), 1024)
         return dataclasses.replace(
             self,
             epochs=self.epochs or epochs,
