@@ -18,6 +18,7 @@ import torch
 from einops import reduce, repeat
 from torch import Tensor
 
+from stabletx._precision import is_sixteen_bit
 from stabletx.functional._problem import Problem
 from stabletx.functional._sight import Sight, is_traced, values_may_be_read
 
@@ -63,14 +64,19 @@ def within_limits(problem: Problem) -> bool:
         return False
     if not limit >= 0.0:
         return False
-    factor = max(abs(problem.scale), 1.0) if problem.softcap is not None else abs(problem.scale)
+    factor = _score_factor(problem)
     if entries[0] * entries[1] * q.shape[3] * factor <= limit:
         return True
     return float(_norms(q).amax() * _norms(k).amax()) * factor <= limit
 
 
+def _score_factor(problem: Problem) -> float:
+    """Give what the products are multiplied by; below a soft-cap they must not overflow either."""
+    return abs(problem.scale) if problem.softcap is None else max(abs(problem.scale), 1.0)
+
+
 def _norms(x: Tensor) -> Tensor:  # (..., d) -> (...) in float64 for float32: cannot overflow
-    work = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else torch.float64
+    work = torch.float32 if is_sixteen_bit(x.dtype) else torch.float64
     norms: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=work)
     return norms
 
@@ -83,7 +89,7 @@ def hot_rows(problem: Problem, sight: Sight) -> Tensor:  # -> (b, h, t) bool
     q = problem.q.detach()
     k = repeat_heads(problem.k.detach(), q.shape[1])
     key_norm = sight.largest_seen(_norms(k).double())
-    factor = max(abs(problem.scale), 1.0) if problem.softcap is not None else abs(problem.scale)
+    factor = _score_factor(problem)
     score = _norms(q).double() * key_norm * factor
     if problem.bias is not None:
         bias = problem.bias.detach().double()
