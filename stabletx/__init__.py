@@ -86,7 +86,7 @@ _HOME = {
     "TransformerConfig": "models",
     "Packed": "packing",
 }
-_FOLDERS = ("data", "functional", "layers", "models", "testing", "training")
+_FOLDERS = ("data", "functional", "interop", "layers", "models", "testing", "training")
 
 __all__ = [*_HOME, "__version__", "functional"]
 

@@ -19,7 +19,8 @@ LAYERS = {
     "models": 4,
     "data": 5,
     "training": 6,
-    "cli": 7,
+    "interop": 7,
+    "cli": 8,
 }
 SAME_FOLDER_OR_LAYER = {"masks", "_mask_rules", "packing", "_precision", "_checks"}
 SOURCES = sorted(PACKAGE.rglob("*.py"))

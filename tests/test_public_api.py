@@ -28,7 +28,9 @@ def test_public_names_are_documented_with_an_example(name):
         assert all(part in thing.__doc__ for part in parts)
 
 
-@pytest.mark.parametrize("name", ["data", "functional", "layers", "models", "testing", "training"])
+@pytest.mark.parametrize(
+    "name", ["data", "functional", "interop", "layers", "models", "testing", "training"]
+)
 def test_folders_are_reachable_from_the_top(name):
     assert getattr(stabletx, name).__name__ == f"stabletx.{name}"
 
