@@ -58,6 +58,9 @@ if TYPE_CHECKING:
         EncoderDecoder as EncoderDecoder,
     )
     from stabletx.models import (
+        MaskedLanguageModel as MaskedLanguageModel,
+    )
+    from stabletx.models import (
         SequenceClassifier as SequenceClassifier,
     )
     from stabletx.models import (
@@ -82,6 +85,7 @@ _HOME = {
     "Decoder": "models",
     "Encoder": "models",
     "EncoderDecoder": "models",
+    "MaskedLanguageModel": "models",
     "SequenceClassifier": "models",
     "TransformerConfig": "models",
     "Packed": "packing",

@@ -8,9 +8,9 @@ import stabletx
 
 PROMISED = {
     "AttentionDetails", "ClassificationHead", "Decoder", "DecoderBlock", "Encoder", "EncoderBlock",
-    "EncoderDecoder", "FeedForward", "KeyValueCache", "LayerNorm", "Mask", "MultiHeadAttention",
-    "Packed", "RMSNorm", "RotaryEmbedding", "SequenceClassifier", "TransformerConfig", "attention",
-    "attention_details", "functional", "__version__",
+    "EncoderDecoder", "FeedForward", "KeyValueCache", "LayerNorm", "Mask", "MaskedLanguageModel",
+    "MultiHeadAttention", "Packed", "RMSNorm", "RotaryEmbedding", "SequenceClassifier",
+    "TransformerConfig", "attention", "attention_details", "functional", "__version__",
 }  # fmt: skip
 
 

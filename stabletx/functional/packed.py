@@ -26,6 +26,9 @@ def packed_attention(
     plan: Plan,
     *,
     is_causal: bool = False,
+    mask: Mask | None = None,
+    bias: Tensor | None = None,  # (1, h|1, n, n), n the longest sequence
+    scale: float | None = None,
     dropout_p: float = 0.0,
     training: bool | None = None,
     method: Method = "auto",
@@ -38,6 +41,9 @@ def packed_attention(
         v: values.
         plan: where the sequences lie.
         is_causal: let a token see no later token.
+        mask: a rule on places within any one sequence, such as ``Mask.window``.
+        bias: added to the scores; of a shorter sequence, its first rows and columns.
+        scale: factor on the products; None takes ``d ** -0.5``.
         dropout_p: probability in [0, 1) that a weight is dropped while training.
         training: must be given with ``dropout_p``.
         method: as in :func:`stabletx.attention`.
@@ -49,7 +55,8 @@ def packed_attention(
         ValueError: as :func:`stabletx.attention`, or if q does not hold the plan's tokens.
 
     Numerics: as :func:`stabletx.attention`. On CUDA 16-bit inputs go through torch's varlen
-        kernel, and nothing waits for the device.
+        kernel, and nothing waits for the device. With a mask, a bias or a scale each run of equal
+        lengths is a call of its own.
 
     >>> plan = Plan.of_lengths(torch.tensor([1, 2]))
     >>> x = torch.zeros(3, 1, 4)
@@ -59,14 +66,18 @@ def packed_attention(
     for name, x, axes in (("q", q, "n h d"), ("k", k, "n g d"), ("v", v, "n g e")):
         _checks.check_axes(name, x, axes, "Split the heads first.")
         _checks.check_same("number of tokens", name, x.shape[0], "plan", plan.n_tokens)
-    by_varlen = q.device.type == "cuda" and is_sixteen_bit(q.dtype)
+    is_plain = mask is None and bias is None and scale is None
+    by_varlen = is_plain and q.device.type == "cuda" and is_sixteen_bit(q.dtype)
     if by_varlen and method == "auto" and dropout_p == 0.0 and q.shape[2] == v.shape[2]:
         return _varlen(q, k, v, plan, is_causal)
 
     def one_by_one(q: Tensor, k: Tensor, v: Tensor, method: Method) -> Tensor:
-        return _run_by_run(q, k, v, plan, is_causal, dropout_p, training, method)
+        rule = mask
+        if is_causal:
+            rule = Mask.causal() if mask is None else Mask.causal() & mask
+        return _run_by_run(q, k, v, plan, rule, bias, scale, dropout_p, training, method)
 
-    if method == "auto" and _kernel_may_take_all(q, k, v, plan, is_causal, dropout_p):
+    if is_plain and method == "auto" and _kernel_may_take_all(q, k, v, plan, is_causal, dropout_p):
         return attend_runs(
             q, k, v, plan, is_causal=is_causal,
             exact=lambda q, k, v: one_by_one(q, k, v, "exact"),
@@ -92,10 +103,9 @@ def _kernel_may_take_all(
 
 
 def _run_by_run(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, is_causal: bool,
-    dropout_p: float, training: bool | None, method: Method,
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, mask: Mask | None, bias: Tensor | None,
+    scale: float | None, dropout_p: float, training: bool | None, method: Method,
 ) -> Tensor:  # fmt: skip
-    mask = Mask.causal() if is_causal else None
     outs = []
     # Even no token at all goes through attention once, so that every weight gets a gradient.
     runs = [run for run in plan.runs if run.length] or [Run(0, 1, 0)]
@@ -104,7 +114,8 @@ def _run_by_run(
         heads = [rearrange(x[run], "(b t) h d -> b h t d", b=n_rows) for x in (q, k, v)]
         out = attention(
             heads[0], heads[1], heads[2],
-            mask=mask, dropout_p=dropout_p, training=training, method=method,
+            mask=mask, bias=None if bias is None else bias[:, :, :length, :length], scale=scale,
+            dropout_p=dropout_p, training=training, method=method,
         )  # fmt: skip
         outs.append(rearrange(out, "b h t e -> (b t) h e"))
     return torch.cat(outs)

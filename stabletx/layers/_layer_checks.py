@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stabletx._checks import must
+from stabletx.masks import Mask
 
 
 def check_cache_has_room(n_tokens: int, capacity: int) -> None:
@@ -35,19 +36,42 @@ def check_context(wants_context: bool, has_context: bool) -> None:
         raise ValueError(must("context", "be None", "a tensor", instead))
 
 
+def rule_on_places(mask: Mask | Tensor | None) -> Mask | None:
+    """Give a mask that fits any sequence; refuse, beside a plan, one that is made for a batch."""
+    if isinstance(mask, Tensor) or (mask is not None and mask.sizes() != (None, None)):
+        instead = "A packed batch knows its sequences; Mask.window and Mask.causal fit any."
+        raise ValueError(must("mask", "be a rule on places beside plan", repr(mask), instead))
+    return mask
+
+
 def check_even(argument: str, value: int) -> None:
     """Refuse an odd number."""
     if value % 2:
         raise ValueError(must(argument, "be even, as rotary positions turn pairs", value))
 
 
-def ids_out_of_range(ids: Tensor, vocab_size: int) -> ValueError:
-    """Say which token ids are outside the vocabulary, once a lookup has failed on them."""
-    return ValueError(
-        must(
-            "input_ids",
-            f"be in [0, vocab_size={vocab_size})",
-            f"ids from {int(ids.min())} to {int(ids.max())}",
-            "Use the tokenizer that the model was made with.",
-        )
-    )
+def looked_up(argument: str, ids: Tensor, table: nn.Embedding) -> Tensor:
+    """Look up ids in a table; refuse those outside of it, once the lookup has failed on them."""
+    try:
+        found: Tensor = table(ids)
+    except IndexError as error:
+        name = "vocab_size" if argument == "input_ids" else "n_token_types"
+        instead = "Use the tokenizer that the model was made with."
+        got = f"ids from {int(ids.min())} to {int(ids.max())}"
+        rule = f"be in [0, {name}={table.num_embeddings})"
+        raise ValueError(must(argument, rule, got, instead)) from error
+    return found
+
+
+def refuse_types() -> None:
+    """Refuse types of tokens where none has a vector."""
+    instead = "Leave them out: the model has n_token_types=0."
+    raise ValueError(must("token_type_ids", "be None", "a tensor", instead))
+
+
+def check_buckets(n_buckets: int, n_each: int, max_distance: int) -> None:
+    """Refuse so few buckets that none is left for far distances, or none far enough."""
+    if n_each < 2:
+        raise ValueError(must("n_buckets", "give at least 2 to each side", n_buckets))
+    if max_distance <= n_each // 2:
+        raise ValueError(must("max_distance", f"be above {n_each // 2}", max_distance))

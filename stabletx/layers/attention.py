@@ -11,6 +11,7 @@ from stabletx import _checks
 from stabletx.functional.attention import Method, attention
 from stabletx.functional.packed import packed_attention
 from stabletx.functional.positions import rotate
+from stabletx.layers import _layer_checks
 from stabletx.layers._init import init_linear
 from stabletx.layers.cache import KeyValueCache
 from stabletx.layers.normalization import RMSNorm
@@ -25,13 +26,15 @@ class MultiHeadAttention(nn.Module):
     """Attend with several heads, to itself or to a context.
 
     Args:
-        d_model: size of a token; a multiple of ``n_heads``.
+        d_model: size of a token; a multiple of ``n_heads`` unless ``d_head`` is given.
         n_heads: query heads.
         n_kv_heads: key/value heads, a divisor of ``n_heads``; None takes ``n_heads``.
+        d_head: size of a head; None takes ``d_model / n_heads``.
         is_causal: a token sees no later token of its own sequence.
         qk_norm: give queries and keys a root mean square of 1 per head, with a learned gain, which
             bounds the scores by ``sqrt(head_dim)`` times the gains. Off to load older weights.
         use_bias: whether the projections have one.
+        scale: factor on the products of queries and keys; None takes ``d_head ** -0.5``.
         dropout_p: probability in [0, 1) that an attention weight is dropped while training.
         method: as in :func:`stabletx.attention`.
 
@@ -53,32 +56,37 @@ class MultiHeadAttention(nn.Module):
         n_heads: int,
         *,
         n_kv_heads: int | None = None,
+        d_head: int | None = None,
         is_causal: bool = False,
         qk_norm: bool = True,
         use_bias: bool = True,
+        scale: float | None = None,
         dropout_p: float = 0.0,
         method: Method = "auto",
     ) -> None:
         super().__init__()
         n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
         _checks.check_positive("d_model", d_model)
-        _checks.check_divides("n_heads", n_heads, "d_model", d_model)
+        if d_head is None:
+            _checks.check_divides("n_heads", n_heads, "d_model", d_model)
+            d_head = d_model // n_heads
+        _checks.check_positive("d_head", d_head)
         _checks.check_divides("n_kv_heads", n_kv_heads, "n_heads", n_heads)
         _checks.check_probability("dropout_p", dropout_p)
         self.n_heads, self.n_kv_heads = n_heads, n_kv_heads
-        self.head_dim = d_model // n_heads
+        self.head_dim, self.scale = d_head, scale
         self.is_causal, self.dropout_p, self.method = is_causal, dropout_p, method
         widths = self._widths()
         self.qkv = nn.Linear(d_model, sum(widths), use_bias)
-        self.out = nn.Linear(d_model, d_model, use_bias)
+        self.out = nn.Linear(widths[0], d_model, use_bias)
         self.q_norm = RMSNorm(self.head_dim) if qk_norm else None
         self.k_norm = RMSNorm(self.head_dim) if qk_norm else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw the weights anew."""
-        init_linear(self.qkv, self.out.in_features)
-        init_linear(self.out, self.out.in_features)
+        init_linear(self.qkv, self.qkv.in_features)
+        init_linear(self.out, self.qkv.in_features)
 
     def forward(
         self,
@@ -97,11 +105,13 @@ class MultiHeadAttention(nn.Module):
             x: tokens that ask.
             context: tokens that are asked; None asks ``x`` itself. With a cache, keys and values
                 of the context are computed at the first call and read ever after.
-            mask: True = may attend; joined with the causal rule where the layer has it.
-            bias: added to the scores.
+            mask: True = may attend; joined with the causal rule where the layer has it. With a
+                plan, a rule on places that holds within each sequence, such as ``Mask.window``.
+            bias: added to the scores. With a plan (1, h|1, n, n), n the longest sequence; a shorter
+                one takes the first rows and columns.
             rotation: (cos, sin) for the positions of ``x``; only for self-attention.
             cache: holds the keys and values of earlier tokens, before ``x``.
-            plan: says that ``x`` is a packed batch; excludes every argument above but rotation.
+            plan: says that ``x`` is a packed batch; excludes context and cache.
 
         Returns:
             As ``x``.
@@ -112,11 +122,12 @@ class MultiHeadAttention(nn.Module):
         _checks.check_axes("x", x, "b t m" if plan is None else "n m", "See `plan`.")
         _checks.check_same("size of the last axis", "x", x.shape[-1], "qkv", self.qkv.in_features)
         if plan is not None:
-            others = {"context": context, "mask": mask, "bias": bias, "cache": cache}
+            others = {"context": context, "cache": cache}
             _checks.check_all_none(others, "plan", "A packed batch knows its sequences already.")
             q, k, v = self._rotated(*self._project(x), rotation)
             out = packed_attention(
                 q, k, v, plan, is_causal=self.is_causal,
+                mask=_layer_checks.rule_on_places(mask), bias=bias, scale=self.scale,
                 dropout_p=self.dropout_p, training=self.training, method=self.method,
             )  # fmt: skip
         else:
@@ -129,7 +140,7 @@ class MultiHeadAttention(nn.Module):
                 q, k, v = self._cross(x, context, cache)
             mask = self._joined(mask, q.shape[2], is_self=context is None)
             out = attention(
-                q, k, v, mask=mask, bias=bias,
+                q, k, v, mask=mask, bias=bias, scale=self.scale,
                 dropout_p=self.dropout_p, training=self.training, method=self.method,
             )  # fmt: skip
             out = rearrange(out, "b h t d -> b t h d")

@@ -14,7 +14,7 @@ from stabletx.layers import _layer_checks
 from stabletx.layers.attention import MultiHeadAttention, Rotation
 from stabletx.layers.cache import KeyValueCache
 from stabletx.layers.feed_forward import Activation, FeedForward
-from stabletx.layers.normalization import NormKind, make_norm
+from stabletx.layers.normalization import NormKind, NormSettings, make_norm
 from stabletx.masks import Mask
 from stabletx.packing import Plan
 
@@ -28,7 +28,7 @@ class Shortcut(nn.Module):
     Args:
         d_model: size of a token.
         norm_position: "pre" ``x + f(N(x))``; "post" ``N(x + f(x))``; "peri" ``x + N(f(N(x)))``.
-        norm: "layer" or "rms".
+        norm: "layer" or "rms", or a :class:`NormSettings`.
         dropout_p: probability in [0, 1) that an entry of the branch is dropped while training.
 
     Source: Xiong et al. (2020) for "pre"; Vaswani et al. (2017) for "post"; Kim et al. (2025) for
@@ -36,7 +36,12 @@ class Shortcut(nn.Module):
     """
 
     def __init__(
-        self, d_model: int, *, norm_position: NormPosition, norm: NormKind, dropout_p: float
+        self,
+        d_model: int,
+        *,
+        norm_position: NormPosition,
+        norm: NormKind | NormSettings,
+        dropout_p: float,
     ) -> None:
         super().__init__()
         _checks.check_one_of("norm_position", norm_position, ("pre", "post", "peri"))
@@ -66,12 +71,14 @@ class EncoderBlock(nn.Module):
         d_model: size of a token.
         n_heads: query heads.
         n_kv_heads: key/value heads; None takes ``n_heads``.
+        d_head: size of a head; None takes ``d_model / n_heads``.
         d_ff: size within the feed-forward part; None: see :class:`FeedForward`.
         norm_position: "pre" (default), "post" or "peri"; see :class:`Shortcut`.
-        norm: "layer" or "rms".
-        activation: "gelu" or "swiglu".
+        norm: "layer" or "rms", or a :class:`NormSettings`.
+        activation: "gelu", "swiglu" or another of :class:`FeedForward`.
         qk_norm: normalize queries and keys; see :class:`MultiHeadAttention`.
         use_bias: whether linear maps have one.
+        attention_scale: factor on the products; None takes ``d_head ** -0.5``.
         dropout_p: probability for the two branches.
         attention_dropout_p: probability for attention weights; leaves the fused kernel.
         method: as in :func:`stabletx.attention`.
@@ -87,20 +94,22 @@ class EncoderBlock(nn.Module):
         n_heads: int,
         *,
         n_kv_heads: int | None = None,
+        d_head: int | None = None,
         d_ff: int | None = None,
         norm_position: NormPosition = "pre",
-        norm: NormKind = "layer",
+        norm: NormKind | NormSettings = "layer",
         activation: Activation = "gelu",
         qk_norm: bool = True,
         use_bias: bool = True,
+        attention_scale: float | None = None,
         dropout_p: float = 0.0,
         attention_dropout_p: float = 0.0,
         method: Method = "auto",
     ) -> None:
         super().__init__()
         self.attention = MultiHeadAttention(
-            d_model, n_heads, n_kv_heads=n_kv_heads, qk_norm=qk_norm, use_bias=use_bias,
-            dropout_p=attention_dropout_p, method=method,
+            d_model, n_heads, n_kv_heads=n_kv_heads, d_head=d_head, qk_norm=qk_norm,
+            use_bias=use_bias, scale=attention_scale, dropout_p=attention_dropout_p, method=method,
         )  # fmt: skip
         self.feed_forward = FeedForward(d_model, d_ff, activation=activation, use_bias=use_bias)
         self.attention_shortcut, self.feed_forward_shortcut = (
@@ -113,12 +122,13 @@ class EncoderBlock(nn.Module):
         x: Tensor,  # (b, t, m), or (n_tokens, m) with a plan
         *,
         mask: Mask | Tensor | None = None,
+        bias: Tensor | None = None,
         rotation: Rotation | None = None,
         plan: Plan | None = None,
     ) -> Tensor:
         """Transform ``x``; the arguments are those of :meth:`MultiHeadAttention.forward`."""
         x = self.attention_shortcut(
-            x, lambda y: self.attention(y, mask=mask, rotation=rotation, plan=plan)
+            x, lambda y: self.attention(y, mask=mask, bias=bias, rotation=rotation, plan=plan)
         )
         out: Tensor = self.feed_forward_shortcut(x, self.feed_forward)
         return out
@@ -133,12 +143,14 @@ class DecoderBlock(nn.Module):
         n_heads: query heads.
         has_context: whether the block also attends to a context.
         n_kv_heads: as for :class:`EncoderBlock`, like all that follow.
+        d_head: size of a head.
         d_ff: size within the feed-forward part.
         norm_position: "pre" (default), "post" or "peri".
-        norm: "layer" or "rms".
-        activation: "gelu" or "swiglu".
+        norm: "layer" or "rms", or a :class:`NormSettings`.
+        activation: "gelu", "swiglu" or another.
         qk_norm: normalize queries and keys.
         use_bias: whether linear maps have one.
+        attention_scale: factor on the products.
         dropout_p: probability for the branches.
         attention_dropout_p: probability for attention weights.
         method: as in :func:`stabletx.attention`.
@@ -155,12 +167,14 @@ class DecoderBlock(nn.Module):
         *,
         has_context: bool = False,
         n_kv_heads: int | None = None,
+        d_head: int | None = None,
         d_ff: int | None = None,
         norm_position: NormPosition = "pre",
-        norm: NormKind = "layer",
+        norm: NormKind | NormSettings = "layer",
         activation: Activation = "gelu",
         qk_norm: bool = True,
         use_bias: bool = True,
+        attention_scale: float | None = None,
         dropout_p: float = 0.0,
         attention_dropout_p: float = 0.0,
         method: Method = "auto",
@@ -169,8 +183,9 @@ class DecoderBlock(nn.Module):
 
         def attend(is_causal: bool) -> MultiHeadAttention:
             return MultiHeadAttention(
-                d_model, n_heads, n_kv_heads=n_kv_heads, is_causal=is_causal, qk_norm=qk_norm,
-                use_bias=use_bias, dropout_p=attention_dropout_p, method=method,
+                d_model, n_heads, n_kv_heads=n_kv_heads, d_head=d_head, is_causal=is_causal,
+                qk_norm=qk_norm, use_bias=use_bias, scale=attention_scale,
+                dropout_p=attention_dropout_p, method=method,
             )  # fmt: skip
 
         def shortcut() -> Shortcut:
@@ -188,6 +203,7 @@ class DecoderBlock(nn.Module):
         x: Tensor,  # (b, t, m), or (n_tokens, m) with a plan
         *,
         mask: Mask | Tensor | None = None,
+        bias: Tensor | None = None,
         rotation: Rotation | None = None,
         cache: KeyValueCache | None = None,
         plan: Plan | None = None,
@@ -203,7 +219,9 @@ class DecoderBlock(nn.Module):
         _layer_checks.check_context(self.cross_attention is not None, context is not None)
         x = self.attention_shortcut(
             x,
-            lambda y: self.attention(y, mask=mask, rotation=rotation, cache=cache, plan=plan),
+            lambda y: self.attention(
+                y, mask=mask, bias=bias, rotation=rotation, cache=cache, plan=plan
+            ),
         )
         if self.cross_attention is not None and self.cross_attention_shortcut is not None:
             attend = self.cross_attention

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal, final
+from typing import Literal, final, get_args
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from stabletx import _checks
+from stabletx._precision import compute_dtype
 from stabletx.functional.activations import gelu, swiglu
 from stabletx.layers._init import init_linear
 
-Activation = Literal["gelu", "swiglu"]
+Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "swiglu", "geglu", "geglu_tanh"]
+GATED = ("swiglu", "geglu", "geglu_tanh")
 
 # Without a gradient the wide activation of a long input is made in pieces of this many tokens, so
 # that memory grows with d_model alone; smaller pieces cost time, larger ones save none.
@@ -25,9 +27,10 @@ class FeedForward(nn.Module):
 
     Args:
         d_model: size of a token.
-        d_ff: size within; None takes ``4 d_model`` for "gelu", and for "swiglu" two thirds of
-            that (the same number of weights), rounded up to a multiple of 8.
-        activation: "gelu", or "swiglu", whose widening also makes a gate.
+        d_ff: size within; None takes ``4 d_model``, and with a gate two thirds of that (the same
+            number of weights), rounded up to a multiple of 8.
+        activation: "gelu", "gelu_tanh" (its approximation), "relu", "silu"; or "swiglu", "geglu",
+            "geglu_tanh", whose widening also makes a gate.
         use_bias: whether the two linear maps have one.
 
     Raises:
@@ -48,13 +51,14 @@ class FeedForward(nn.Module):
         use_bias: bool = True,
     ) -> None:
         super().__init__()
-        _checks.check_one_of("activation", activation, ("gelu", "swiglu"))
+        _checks.check_one_of("activation", activation, get_args(Activation))
         _checks.check_positive("d_model", d_model)
+        is_gated = activation in GATED
         if d_ff is None:
-            d_ff = 4 * d_model if activation == "gelu" else -(-8 * d_model // 24) * 8
+            d_ff = -(-8 * d_model // 24) * 8 if is_gated else 4 * d_model
         _checks.check_positive("d_ff", d_ff)
         self.activation = activation
-        self.widen = nn.Linear(d_model, d_ff * (2 if activation == "swiglu" else 1), use_bias)
+        self.widen = nn.Linear(d_model, d_ff * (2 if is_gated else 1), use_bias)
         self.out = nn.Linear(d_ff, d_model, use_bias)
         self.reset_parameters()
 
@@ -74,11 +78,21 @@ class FeedForward(nn.Module):
         return torch.cat(parts).view(x.shape)
 
     def _whole(self, x: Tensor) -> Tensor:
-        wide = self.widen(x)
-        if self.activation == "gelu":
-            bent = gelu(wide)
-        else:
-            gate, up = wide.chunk(2, dim=-1)
-            bent = swiglu(gate, up)
-        out: Tensor = self.out(bent)
+        out: Tensor = self.out(bend(self.widen(x), self.activation))
         return out
+
+
+def bend(x: Tensor, activation: Activation) -> Tensor:  # (..., f or 2 f) -> (..., f)
+    """Apply an activation; with a gate, the first half of the last axis is bent and gates."""
+    if activation in GATED:
+        gate, up = x.chunk(2, dim=-1)
+        if activation == "swiglu":
+            return swiglu(gate, up)
+        form: Literal["none", "tanh"] = "tanh" if activation == "geglu_tanh" else "none"
+        opened = gelu(gate.to(compute_dtype(gate.dtype)), approximate=form)
+        return (opened * up).to(gate.dtype)
+    if activation == "relu":
+        return nn.functional.relu(x)
+    if activation == "silu":
+        return nn.functional.silu(x)
+    return gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")

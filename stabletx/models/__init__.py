@@ -5,7 +5,14 @@ from stabletx.models.config import TransformerConfig
 from stabletx.models.decoder import Decoder
 from stabletx.models.encoder import Encoder
 from stabletx.models.encoder_decoder import EncoderDecoder
-from stabletx.models.outputs import ClassifierOutput, DecoderOutput, EncoderOutput, ModelOutput
+from stabletx.models.masked_language import MaskedLanguageModel
+from stabletx.models.outputs import (
+    ClassifierOutput,
+    DecoderOutput,
+    EncoderOutput,
+    MaskedLanguageOutput,
+    ModelOutput,
+)
 
 __all__ = [
     "ClassifierOutput",
@@ -14,6 +21,8 @@ __all__ = [
     "Encoder",
     "EncoderDecoder",
     "EncoderOutput",
+    "MaskedLanguageModel",
+    "MaskedLanguageOutput",
     "ModelOutput",
     "SequenceClassifier",
     "TransformerConfig",

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from stabletx.functional.losses import cross_entropy
-from stabletx.layers.blocks import DecoderBlock
 from stabletx.masks import Mask
 from stabletx.models._generation import DecoderCache
 from stabletx.models._inputs import Inputs
-from stabletx.models._parts import Stem, last_norm
+from stabletx.models._parts import Places, Stem, decoder_blocks, language_head, last_norm
 from stabletx.models.config import TransformerConfig
 
 IGNORED = -100  # a label that leaves its token out of the loss
@@ -22,30 +21,18 @@ IGNORED = -100  # a label that leaves its token out of the loss
 class DecoderStack(nn.Module):
     """Embed tokens, run them through causal blocks and score the next token.
 
-    The scores are products with the embeddings themselves (tied logits).
+    The scores are products with the embeddings themselves (tied logits) unless the configuration
+    says otherwise.
     """
 
     def __init__(self, config: TransformerConfig, *, has_context: bool) -> None:
         super().__init__()
+        self.n_layers, self.is_windowed = config.n_layers_of_decoder, config.is_windowed
         self.stem = Stem(config)
-        self.blocks = nn.ModuleList(
-            DecoderBlock(
-                config.d_model,
-                config.n_heads,
-                has_context=has_context,
-                n_kv_heads=config.n_kv_heads,
-                d_ff=config.d_ff,
-                norm_position=config.norm_position,
-                norm=config.norm,
-                activation=config.activation,
-                qk_norm=config.qk_norm,
-                use_bias=config.use_bias,
-                dropout_p=config.dropout_p,
-                attention_dropout_p=config.attention_dropout_p,
-            )
-            for _ in range(config.n_layers)
-        )
+        self.places = Places(config, is_causal=True)
+        self.blocks = decoder_blocks(config, has_context=has_context)
         self.norm = last_norm(config)
+        self.head = language_head(config)
 
     def forward(
         self,
@@ -57,15 +44,16 @@ class DecoderStack(nn.Module):
     ) -> Tensor:  # (*inputs.ids.shape, m)
         """Run the blocks; with a cache, after the tokens that it remembers."""
         self.stem.check_length(inputs.width + (0 if cache is None else cache.length))
-        positions, mask = inputs.positions, inputs.mask
+        positions, keys, mask = inputs.positions, None, inputs.mask
         if cache is not None:
-            positions, mask = cache.place(inputs.ids, inputs.keep)
-        x, rotation = self.stem(inputs.ids, positions)
-        for i, block in enumerate(self.blocks):
-            x = block(
+            positions, keys, mask = cache.place(inputs.ids, inputs.keep)
+        x = self.stem(inputs.ids, positions)
+        whole, near = self.places(positions, keys=keys, mask=mask, plan=inputs.plan)
+        for i in range(self.n_layers):
+            view = near if self.is_windowed(i) else whole
+            x = self.blocks[i * len(self.blocks) // self.n_layers](
                 x,
-                mask=mask,
-                rotation=rotation,
+                **view._asdict(),
                 cache=None if cache is None else cache.layers[i],
                 plan=inputs.plan,
                 context=context,
@@ -77,7 +65,8 @@ class DecoderStack(nn.Module):
 
     def scores(self, x: Tensor) -> Tensor:  # (..., m) -> (..., vocab_size)
         """Score the next token."""
-        return nn.functional.linear(x, self.stem.embedding.tokens.weight)
+        scores: Tensor = self.head(x, self.stem.embedding.tokens.weight)
+        return scores
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Give the mean cross-entropy over the targets that count; shapes (..., v) and (...)."""

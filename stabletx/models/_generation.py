@@ -14,6 +14,7 @@ from stabletx.layers import _layer_checks
 from stabletx.layers.cache import KeyValueCache
 from stabletx.masks import Mask
 from stabletx.models import _model_checks
+from stabletx.models._inputs import count_before
 from stabletx.models.config import TransformerConfig
 
 
@@ -44,8 +45,8 @@ class DecoderCache:
 
         def make(n_tokens: int) -> list[KeyValueCache]:
             n_kv_heads = config.n_heads if config.n_kv_heads is None else config.n_kv_heads
-            sizes = (batch_size, n_kv_heads, n_tokens, config.d_model // config.n_heads)
-            layers = range(config.n_layers)
+            sizes = (batch_size, n_kv_heads, n_tokens, config.head_dim)
+            layers = range(config.n_layers_of_decoder)
             return [KeyValueCache(*sizes, dtype=dtype, device=like.device) for _ in layers]
 
         self.layers = make(capacity)
@@ -58,7 +59,7 @@ class DecoderCache:
         """Give the number of tokens so far, padding included."""
         return self.layers[0].length
 
-    def place(self, ids: Tensor, keep: Tensor | None) -> tuple[Tensor, Mask | None]:
+    def place(self, ids: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, Mask | None]:
         """Take note of new tokens; give their positions and what they may see.
 
         Args:
@@ -66,7 +67,8 @@ class DecoderCache:
             keep: (b, t) bool, which of them are real; None: all.
 
         Returns:
-            Positions (b, t), or (t,) where no token so far is padding; the mask of all keys.
+            Positions (b, t), or (t,) where no token so far is padding; those of all keys; the
+            mask of all keys.
 
         Raises:
             ValueError: for another batch size, or more tokens than there is room for.
@@ -77,10 +79,12 @@ class DecoderCache:
         _layer_checks.check_cache_has_room(end, capacity)
         self._has_padding = self._has_padding or keep is not None
         if not self._has_padding:
-            return torch.arange(start, end, device=ids.device), None
+            keys = torch.arange(end, device=ids.device)
+            return keys[start:], keys, None
         self._keep[:, start:end] = True if keep is None else keep
         known = self._keep[:, :end]
-        return (known.cumsum(1) - 1).clamp(min=0)[:, start:], Mask.padding(known)
+        keys = count_before(known)
+        return keys[:, start:], keys, Mask.padding(known)
 
     def __repr__(self) -> str:
         return f"DecoderCache({len(self.layers)} layers, {self.layers[0]!r})"

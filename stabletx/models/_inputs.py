@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ class Inputs:
     positions: Tensor  # (n,) or (b, n), or (n_tokens,) with a plan
     keep: Tensor | None  # (b, n) bool, True = a real token; None: all are
     plan: Plan | None
+    token_types: Tensor | None = None  # as ids
 
     @property
     def mask(self) -> Mask | None:
@@ -38,6 +39,12 @@ class Inputs:
         """Say which keys are real in the padded layout, for those who attend to a context."""
         return None if self.keep is None else Mask.padding(self.keep)
 
+    def arrange(self, x: Tensor, *, fill: int) -> Tensor:  # the caller's layout -> (*ids.shape)
+        """Bring one value for each token into the blocks' layout, with ``fill`` at padding."""
+        if self.plan is not None:
+            return self.plan.pack(x)
+        return x if self.keep is None else torch.where(self.keep, x, fill)
+
     def restore(self, x: Tensor) -> Tensor:  # (*ids.shape, ...) -> the caller's layout
         """Bring the blocks' result into the caller's layout, with 0 at padding."""
         if self.plan is not None:
@@ -49,8 +56,22 @@ def read_inputs(
     input_ids: Tensor | Packed,  # (b, n)
     attention_mask: Tensor | None,  # (b, n), bool or 0 and 1; 1 = a real token
     *,
+    token_type_ids: Tensor | None = None,  # as input_ids
     may_pack: bool = True,
 ) -> Inputs:
+    """Check ids, mask and types, and plan a packed pass; see :func:`_read`."""
+    inputs = _read(input_ids, attention_mask, may_pack=may_pack)
+    if token_type_ids is None:
+        return inputs
+    ids = input_ids.tokens if isinstance(input_ids, Packed) else input_ids
+    _checks.check_integers("token_type_ids", token_type_ids)
+    shapes = (tuple(token_type_ids.shape), tuple(ids.shape))
+    _checks.check_same("shape", "token_type_ids", shapes[0], "input_ids", shapes[1])
+    types = token_type_ids if inputs.plan is None else inputs.plan.pack(token_type_ids)
+    return replace(inputs, token_types=types)
+
+
+def _read(input_ids: Tensor | Packed, attention_mask: Tensor | None, *, may_pack: bool) -> Inputs:
     """Check ids and mask, and plan a packed pass where padding would cost more.
 
     A plan needs the mask's values, so it is made where the mask lies on the CPU (the ids may lie
@@ -71,7 +92,7 @@ def read_inputs(
     if keep.device.type == "cpu" and _values_may_be_read():
         fill = float(keep.sum()) / max(keep.numel(), 1)
         if fill == 1.0:
-            return read_inputs(input_ids, None)
+            return _read(input_ids, None, may_pack=may_pack)
         if may_pack and fill <= FULL_ENOUGH:
             plan = Plan.of_padding(keep, input_ids.device)
             return Inputs(plan.pack(input_ids), plan.positions, keep.to(input_ids.device), plan)

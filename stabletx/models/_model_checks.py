@@ -63,6 +63,13 @@ def check_seq_len(n_tokens: int, max_seq_len: int) -> None:
         )
 
 
+def check_has_window(window: int | None, every: int | None, base: float | None) -> None:
+    """Refuse settings of windowed layers where no layer has a window."""
+    for name, value in (("global_every", every), ("window_rotary_base", base)):
+        if window is None and value is not None:
+            raise ValueError(must(name, "be None without a window", value, "Pass window=..."))
+
+
 def checked_n_classes(n_classes: int | None) -> int:
     """Give the number of classes; refuse its absence."""
     if n_classes is None:

@@ -45,7 +45,7 @@ class StoredModel(nn.Module):
 
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        tensors = {name: x.detach().contiguous() for name, x in self.state_dict().items()}
+        tensors = {name: x.detach().contiguous() for name, x in own_state(self).items()}
         about = ("stabletx", [type(self).__name__], __version__)
         config = {**dict(zip(_ABOUT, about, strict=True)), **self.config.to_dict()}
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
@@ -66,9 +66,18 @@ class StoredModel(nn.Module):
         tensors = _read_weights(path)
         with torch.device("meta"):
             model = cls(config)
-        _check_fit(path / WEIGHTS, tensors, model.state_dict())
-        model.load_state_dict(tensors, assign=True)
+        check_fit(path / WEIGHTS, tensors, own_state(model))
+        model.load_state_dict(tensors, assign=True, strict=False)  # a shared tensor has one name
         return model.eval()
+
+
+def own_state(model: nn.Module) -> dict[str, Tensor]:
+    """Give every tensor of a model once: one that two parts share, under its first name."""
+    names: dict[int, str] = {}
+    state: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    for name, x in state.items():
+        names.setdefault(id(x), name)
+    return {name: x for name, x in state.items() if names[id(x)] == name}
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
@@ -128,7 +137,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         raise ValueError(_model_checks.bad_file(path, error, again)) from error
 
 
-def _check_fit(path: Path, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+def check_fit(path: Path, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     """Name every tensor that is missing, not expected or of another shape."""
     faults = [f"missing {name}" for name in wanted if name not in found]
     faults += [f"unexpected {name}" for name in found if name not in wanted]

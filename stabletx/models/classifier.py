@@ -33,9 +33,15 @@ class SequenceClassifier(StoredModel):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)
         n_classes = _model_checks.checked_n_classes(config.n_classes)
-        self.encoder = Encoder(config)
+        self.encoder = Encoder(config, has_pooler=False)
         self.head = ClassificationHead(
-            config.d_model, n_classes, pooling=config.pooling, dropout_p=config.dropout_p
+            config.d_model,
+            n_classes,
+            pooling=config.pooling,
+            activation=config.head_activation,
+            norm=config.norm_settings if config.head_norm else None,
+            use_bias=config.use_bias,
+            dropout_p=config.dropout_p,
         )
 
     def reset_parameters(self) -> None:
@@ -47,6 +53,8 @@ class SequenceClassifier(StoredModel):
         input_ids: Tensor | Packed,  # (b, n)
         attention_mask: Tensor | None = None,  # (b, n), bool or 0 and 1; 1 = a real token
         labels: Tensor | None = None,  # (b,)
+        *,
+        token_type_ids: Tensor | None = None,  # as input_ids
     ) -> ClassifierOutput:
         """Classify.
 
@@ -54,6 +62,7 @@ class SequenceClassifier(StoredModel):
             input_ids: token ids, or a packed batch of them.
             attention_mask: marks the real tokens, as for :class:`Encoder`.
             labels: the right classes; -100 leaves a sequence out of the loss.
+            token_type_ids: for a model with types of tokens; None takes type 0 for all.
 
         Returns:
             ``logits`` (b, c), finite for an empty sequence too; ``loss`` where labels are given.
@@ -62,7 +71,7 @@ class SequenceClassifier(StoredModel):
             TypeError: if ids are not integers.
             ValueError: for a wrong shape or an id outside the vocabulary.
         """
-        inputs = read_inputs(input_ids, attention_mask)
+        inputs = read_inputs(input_ids, attention_mask, token_type_ids=token_type_ids)
         tokens = self.encoder.encode(inputs)
         if inputs.plan is not None:
             logits = self.head.of_plan(tokens, inputs.plan)

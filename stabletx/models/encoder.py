@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import final
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from stabletx.layers.blocks import EncoderBlock
+from stabletx.layers.heads import Pooler
 from stabletx.models._inputs import Inputs, read_inputs
-from stabletx.models._parts import Stem, last_norm, reset_model
+from stabletx.models._parts import Places, Stem, encoder_blocks, last_norm, reset_model
 from stabletx.models._storage import StoredModel
 from stabletx.models.config import TransformerConfig
 from stabletx.models.outputs import EncoderOutput
@@ -26,26 +26,14 @@ class Encoder(StoredModel):
     torch.Size([1, 3, 32])
     """
 
-    def __init__(self, config: TransformerConfig) -> None:
+    # A model that makes another use of the tokens builds its encoder without the pooler.
+    def __init__(self, config: TransformerConfig, *, has_pooler: bool = True) -> None:
         super().__init__(config)
         self.stem = Stem(config)
-        self.blocks = nn.ModuleList(
-            EncoderBlock(
-                config.d_model,
-                config.n_heads,
-                n_kv_heads=config.n_kv_heads,
-                d_ff=config.d_ff,
-                norm_position=config.norm_position,
-                norm=config.norm,
-                activation=config.activation,
-                qk_norm=config.qk_norm,
-                use_bias=config.use_bias,
-                dropout_p=config.dropout_p,
-                attention_dropout_p=config.attention_dropout_p,
-            )
-            for _ in range(config.n_layers)
-        )
+        self.places = Places(config)
+        self.blocks = encoder_blocks(config)
         self.norm = last_norm(config)
+        self.pooler = Pooler(config.d_model) if config.has_pooler and has_pooler else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -56,6 +44,8 @@ class Encoder(StoredModel):
         self,
         input_ids: Tensor | Packed,  # (b, n)
         attention_mask: Tensor | None = None,  # (b, n), bool or 0 and 1; 1 = a real token
+        *,
+        token_type_ids: Tensor | None = None,  # as input_ids
     ) -> EncoderOutput:
         """Encode.
 
@@ -63,23 +53,33 @@ class Encoder(StoredModel):
             input_ids: token ids, or a packed batch of them.
             attention_mask: marks the real tokens; padding may lie anywhere. On a GPU, keep it on
                 the CPU: only there can it be read without waiting, and padding be left out.
+            token_type_ids: for a model with types of tokens; None takes type 0 for all.
 
         Returns:
             ``last_hidden_state`` (b, n, m), exactly 0 at padding; (n_tokens, m) if packed.
+            ``pooler_output`` (b, m) where the configuration has a pooler.
 
         Raises:
             TypeError: if ids are not integers.
             ValueError: for a wrong shape, an id outside the vocabulary, or too many tokens.
         """
-        inputs = read_inputs(input_ids, attention_mask)
-        return EncoderOutput(last_hidden_state=inputs.restore(self.encode(inputs)))
+        inputs = read_inputs(input_ids, attention_mask, token_type_ids=token_type_ids)
+        x = self.encode(inputs)
+        pooled = None
+        if self.pooler is not None and inputs.plan is not None:
+            pooled = self.pooler.of_plan(x, inputs.plan)
+        elif self.pooler is not None:
+            pooled = self.pooler(x, keep=inputs.keep)
+        return EncoderOutput(last_hidden_state=inputs.restore(x), pooler_output=pooled)
 
     def encode(self, inputs: Inputs) -> Tensor:  # (*inputs.ids.shape, m)
         """Encode without leaving the layout of ``inputs``."""
+        config = self.config
         self.stem.check_length(inputs.width)
-        x, rotation = self.stem(inputs.ids, inputs.positions)
-        mask = inputs.mask
-        for block in self.blocks:
-            x = block(x, mask=mask, rotation=rotation, plan=inputs.plan)
-        out: Tensor = x if self.norm is None else self.norm(x)
-        return out
+        x: Tensor = self.stem(inputs.ids, inputs.positions, inputs.token_types)
+        whole, near = self.places(inputs.positions, mask=inputs.mask, plan=inputs.plan)
+        for i in range(config.n_layers):
+            view = near if config.is_windowed(i) else whole
+            block = self.blocks[i * len(self.blocks) // config.n_layers]
+            x = block(x, **view._asdict(), plan=inputs.plan)
+        return x if self.norm is None else self.norm(x)

@@ -34,8 +34,10 @@ class EncoderDecoder(StoredModel):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)
         self.bos_id = _model_checks.check_has_bos(config.bos_id)
-        self.encoder = Encoder(config)
+        self.encoder = Encoder(config, has_pooler=False)
         self.stack = DecoderStack(config, has_context=True)
+        if config.share_embeddings:
+            self.stack.stem.embedding.tokens = self.encoder.stem.embedding.tokens
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

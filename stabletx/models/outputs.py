@@ -34,6 +34,11 @@ class EncoderOutput(ModelOutput):
         """Give (b, n, m), 0 at padding; (n_tokens, m) for a packed batch."""
         return self["last_hidden_state"]
 
+    @property
+    def pooler_output(self) -> Tensor | None:
+        """Give (b, m), one vector for each sequence, or None without a pooler."""
+        return self.get("pooler_output")
+
 
 class ClassifierOutput(ModelOutput):
     """What a :class:`SequenceClassifier` returns."""
@@ -60,4 +65,18 @@ class DecoderOutput(ModelOutput):
     @property
     def logits(self) -> Tensor:
         """Give the scores of the next token (b, n, vocab_size); (n_tokens, ...) if packed."""
+        return self["logits"]
+
+
+class MaskedLanguageOutput(ModelOutput):
+    """What a :class:`MaskedLanguageModel` returns."""
+
+    @property
+    def loss(self) -> Tensor | None:
+        """Give the mean cross-entropy of the tokens that have a label, or None without labels."""
+        return self.get("loss")
+
+    @property
+    def logits(self) -> Tensor:
+        """Give the scores of each token (b, n, vocab_size); (n_tokens, ...) if packed."""
         return self["logits"]

@@ -140,8 +140,8 @@ def test_attention_layer_refuses_sizes_that_do_not_fit(options, error, match):
 def test_attention_layer_refuses_arguments_that_exclude_each_other():
     made, x = layer(), tokens(2, 3, 16)
     plan = Plan.of_lengths(torch.tensor([3, 3]))
-    with pytest.raises(ValueError, match=r"mask must be None beside plan, got mask=Mask"):
-        made(x.flatten(0, 1), plan=plan, mask=Mask.causal())
+    with pytest.raises(ValueError, match=r"mask must be a rule on places beside plan, got mask=M"):
+        made(x.flatten(0, 1), plan=plan, mask=Mask.padding(torch.ones(2, 3, dtype=torch.bool)))
     with pytest.raises(ValueError, match=r"rotation must be None beside context"):
         made(x, context=x, rotation=RotaryEmbedding(4)(torch.arange(3)))
     with pytest.raises(ValueError, match=r"x must have 3 axes \(b, t, m\)"):
