@@ -49,8 +49,8 @@ class StoredModel(nn.Module):
         about = ("stabletx", [type(self).__name__], __version__)
         config = {**dict(zip(_ABOUT, about, strict=True)), **self.config.to_dict()}
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        _replace(path / WEIGHTS, lambda new: save_file(tensors, new, metadata={"format": "pt"}))
-        _replace(path / CONFIG, lambda new: new.write_text(text, encoding="utf-8"))
+        replace_file(path / WEIGHTS, lambda new: save_file(tensors, new, metadata={"format": "pt"}))
+        replace_file(path / CONFIG, lambda new: new.write_text(text, encoding="utf-8"))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
@@ -80,7 +80,7 @@ def own_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: x for name, x in state.items() if names[id(x)] == name}
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file beside ``path``, bring it to the disk, and put it in the place of ``path``."""
     new = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:

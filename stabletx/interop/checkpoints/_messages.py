@@ -1,0 +1,127 @@
+"""Checks of checkpoints, with the messages they give."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from stabletx._checks import must
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def check_rows(name: str, x: Tensor, n_rows: int) -> None:
+    """Refuse a part of another size than the configuration says."""
+    if x.ndim == 0 or x.shape[0] != n_rows:
+        shape = f"a tensor of shape {tuple(x.shape)}"
+        instead = "Does config.json beside it describe these weights?"
+        raise ValueError(must(name, f"have {n_rows} rows, as config.json says", shape, instead))
+
+
+def refuse_untied(name: str, main: str) -> NoReturn:
+    """Refuse two tensors that the configuration calls one."""
+    instead = "Set tie_word_embeddings to false in config.json if they are meant to be two."
+    raise ValueError(must(name, f"equal {main}, as config.json ties them", "other values", instead))
+
+
+def needed(config: Mapping[str, Any], key: str) -> Any:
+    """Give a setting; refuse its absence."""
+    if key not in config:
+        instead = "Is it the config.json of this model?"
+        raise ValueError(must("config.json", f"have the key {key!r}", "none", instead))
+    return config[key]
+
+
+def refuse_setting(key: str, value: object, rule: str) -> NoReturn:
+    """Refuse a setting that our models cannot express."""
+    instead = "No other setting of it is supported."
+    raise ValueError(must(f"config.json's {key}", rule, repr(value), instead))
+
+
+def check_setting(config: Mapping[str, Any], key: str, allowed: Collection[object]) -> None:
+    """Refuse a setting, where there is one, that our models cannot express."""
+    if key in config and config[key] not in allowed:
+        listed = " or ".join(map(repr, allowed))
+        refuse_setting(key, config[key], f"be {listed}")
+
+
+def check_family(family: object, supported: Collection[str]) -> None:
+    """Refuse a family that cannot be loaded."""
+    if family == "stabletx":
+        instead = "Read it with from_pretrained of its class."
+        raise ValueError(must("model_type", "be another library's", repr(family), instead))
+    if family not in supported:
+        listed = ", ".join(repr(name) for name in sorted(supported))
+        raise ValueError(must("model_type", f"be one of {listed}", repr(family)))
+
+
+def refuse_architecture(family: str, architecture: object, supported: Collection[str]) -> NoReturn:
+    """Refuse a head that our models do not have."""
+    rule = f"be one of {', '.join(supported)} for {family}"
+    instead = "Pass model=stabletx.Encoder to leave its head out, with ignore= for its names."
+    raise ValueError(must("architectures", rule, repr(architecture), instead))
+
+
+def refuse_model(family: str, model: type, supported: Collection[type]) -> NoReturn:
+    """Refuse a class that a family's weights do not fill."""
+    listed = ", ".join(kind.__name__ for kind in supported)
+    raise ValueError(must("model", f"be one of {listed} for {family}", model.__name__))
+
+
+def check_dtype(dtype: object) -> None:
+    """Refuse a dtype that no model of ours computes in."""
+    if dtype is not None and dtype not in DTYPES:
+        listed = ", ".join(map(str, DTYPES))
+        raise TypeError(must("dtype", f"be None or one of {listed}", repr(dtype)))
+
+
+def check_dtypes(path: object, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
+    """Refuse tensors that are not weights, and a mixture of dtypes unless one is asked for."""
+    for name, x in tensors.items():
+        if x.dtype not in DTYPES:
+            instead = "Quantised weights are not supported."
+            rule = "hold float32, float64, float16 or bfloat16"
+            raise TypeError(must(name, rule, f"{x.dtype} in {path}", instead))
+    found = sorted({str(x.dtype) for x in tensors.values()})
+    if dtype is None and len(found) > 1:
+        instead = "Pass dtype=torch.float32, or another, to bring all to one."
+        raise TypeError(must("the weights", "have one dtype", ", ".join(found), instead))
+
+
+def refuse_names(path: object, what: str, names: Collection[str], instead: str) -> NoReturn:
+    """Refuse weights that lack names, or have some that nothing is known of."""
+    listed = ", ".join(sorted(names)[:5])
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    raise ValueError(must(str(path), what, listed + more, instead))
+
+
+def unsafe_pickle(path: object, why: object) -> str:
+    """Say that a pickle would do more than hold tensors."""
+    line = str(why).strip().splitlines()[0] if str(why).strip() else type(why).__name__
+    instead = "Nothing in it was run. Convert it to safetensors where it is trusted."
+    return must(str(path), "be a whole pickle of tensors alone", line, instead)
+
+
+def no_hub(source: str) -> str:
+    """Say what is needed to read from the hub."""
+    instead = "Pass an existing folder, or install huggingface_hub to read a hub id."
+    return must("source", "be a folder", repr(source), instead)
+
+
+def check_inside(path: object, name: str) -> None:
+    """Refuse a shard that is not a plain file beside the index."""
+    if "/" in name or "\\" in name or name in ("", ".", ".."):
+        raise ValueError(must(str(path), "name files beside it", repr(name)))
+
+
+def cannot_save(families: Collection[str], why: str) -> str:
+    """Say that no family of Hugging Face expresses a model."""
+    return must(
+        "model",
+        f"be what one of {', '.join(families)} can express",
+        why,
+        "Write it with save_pretrained instead.",
+    )
