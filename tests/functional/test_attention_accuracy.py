@@ -1,75 +1,38 @@
 """Attention stays inside the derived bound, forward and gradients, on every method and dtype."""
 
 import math
-import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stabletx import attention
 from stabletx.testing.reference import reference_attention, reference_gradients
 from stabletx.testing.strategies import attention_cases
 from stabletx.testing.tolerances import condition_scales, condition_ulps, spacing
+from tests.many_cases import METHODS, PARTS, hold_to_the_bound, run
 
-METHODS = ["auto", "tiled", "exact"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SIXTEEN_BIT = [torch.bfloat16, torch.float16]
 every_method = pytest.mark.parametrize("method", METHODS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
-# The thorough profile asks for many more: STABLETX_EXAMPLES=100000 python -m pytest ...
-EXAMPLES = int(os.environ.get("STABLETX_EXAMPLES", "500"))
-many = settings(
-    max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), database=None
-)
+
+@every_dtype
+def test_every_method_stays_inside_the_bound(dtype):
+    hold_to_the_bound(dtype, part=0, n_cases=500)
 
 
-def run(case, method):
-    """Attend to a case; give the output and every gradient that the bound speaks of."""
-    names = ["q", "k", "v", "bias", "sinks"]
-    given_ = {name: getattr(case, name) for name in names if getattr(case, name) is not None}
-    leaves = {name: x.detach().requires_grad_() for name, x in given_.items()}
-    options = {name: leaves.get(name) for name in ("bias", "sinks")}
-    out = attention(
-        leaves["q"], leaves["k"], leaves["v"], mask=case.mask, scale=case.scale,
-        softcap=case.softcap, method=method, **options,
-    )  # fmt: skip
-    grads = torch.autograd.grad(out, list(leaves.values()), case.grad_out)
-    return {"out": out.detach(), **{f"d{n}": x for n, x in zip(leaves, grads, strict=True)}}
-
-
-def occupancy(case, found):
-    """Give the largest share of the bound that any element takes; more than 1 is a fault."""
-    expected = {"out": case.reference().out, **case.gradients()._asdict()}
-    bound = case.bound()._asdict()
-    worst = 0.0
-    for name, actual in found.items():
-        if bound[name] is None:
-            continue
-        error = (actual.double() - expected[name]).abs()
-        fits = torch.where(expected[name].isnan(), actual.isnan(), error <= bound[name])
-        assert fits.all(), (name, float((error / bound[name]).nan_to_num(math.inf).max()))
-        share = (error / bound[name].clamp(min=torch.finfo(torch.float64).tiny)).nan_to_num(0.0)
-        worst = max(worst, float(share.max())) if share.numel() else worst
-    return worst
+@pytest.mark.nightly
+@every_dtype
+@pytest.mark.parametrize("part", range(PARTS))
+def test_a_hundred_thousand_cases_stay_inside_the_bound(dtype, part, record_property):
+    record_property("occupancy", hold_to_the_bound(dtype, part))
 
 
 @every_dtype
-@many
-@given(data=st.data())
-def test_every_method_stays_inside_the_bound(dtype, data):
-    case = data.draw(
-        attention_cases(dtypes=[dtype], max_len=65, bias=True, softcap=True, sinks=True, empty=True)
-    )
-    for method in METHODS:
-        share = occupancy(case, run(case, method))
-        assert share <= (0.0 if case.exact else 1.0), method
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@many
+@settings(max_examples=500)
 @given(data=st.data())
 def test_extreme_magnitudes_stay_finite_where_the_answer_is(dtype, data):
     case = data.draw(
