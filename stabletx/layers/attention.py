@@ -12,6 +12,7 @@ from stabletx.functional.attention import Method, attention
 from stabletx.functional.packed import packed_attention
 from stabletx.functional.positions import rotate
 from stabletx.layers import _layer_checks
+from stabletx.layers._from_torch import fill, read_attention
 from stabletx.layers._init import init_linear
 from stabletx.layers.cache import KeyValueCache
 from stabletx.layers.normalization import RMSNorm
@@ -82,6 +83,30 @@ class MultiHeadAttention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim) if qk_norm else None
         self.k_norm = RMSNorm(self.head_dim) if qk_norm else None
         self.reset_parameters()
+
+    @classmethod
+    def from_torch(
+        cls, module: nn.MultiheadAttention, *, is_causal: bool = False
+    ) -> MultiHeadAttention:
+        """Convert torch's attention; ours takes ``(b, t, m)``, whatever its ``batch_first``.
+
+        Args:
+            module: keeps its weights, of which the layer gets copies.
+            is_causal: as in the constructor.
+
+        Raises:
+            TypeError: for another kind of module.
+            ValueError: where it has widths of keys or values of their own, or adds keys.
+
+        >>> MultiHeadAttention.from_torch(nn.MultiheadAttention(8, 2))
+        MultiHeadAttention(
+          n_heads=2, n_kv_heads=2
+          (qkv): Linear(in_features=8, out_features=24, bias=True)
+          (out): Linear(in_features=8, out_features=8, bias=True)
+        )
+        """
+        settings, weights = read_attention(module)
+        return fill(cls(is_causal=is_causal, **settings), weights, module)
 
     def reset_parameters(self) -> None:
         """Draw the weights anew."""

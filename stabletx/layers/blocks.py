@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from stabletx import _checks
 from stabletx.functional.attention import Method
 from stabletx.layers import _layer_checks
+from stabletx.layers._from_torch import fill, read_block
 from stabletx.layers.attention import MultiHeadAttention, Rotation
 from stabletx.layers.cache import KeyValueCache
 from stabletx.layers.feed_forward import Activation, FeedForward
@@ -116,6 +117,22 @@ class EncoderBlock(nn.Module):
             Shortcut(d_model, norm_position=norm_position, norm=norm, dropout_p=dropout_p)
             for _ in range(2)
         )
+
+    @classmethod
+    def from_torch(cls, layer: nn.TransformerEncoderLayer) -> EncoderBlock:
+        """Convert a layer of torch's encoder; the block gets copies of its weights.
+
+        Its dropout within the feed-forward part has no counterpart here and is left out.
+
+        Raises:
+            TypeError: for another kind of layer or norm.
+            ValueError: for an activation or an attention that has no counterpart here.
+
+        >>> EncoderBlock.from_torch(nn.TransformerEncoderLayer(8, 2, 16)).feed_forward.activation
+        'relu'
+        """
+        settings, weights = read_block(layer)
+        return fill(cls(**settings), weights, layer)
 
     def forward(
         self,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import final
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from stabletx.layers._from_torch import fill
 from stabletx.layers.heads import Pooler
+from stabletx.models._from_torch import read_encoder
 from stabletx.models._inputs import Inputs, read_inputs
 from stabletx.models._parts import Places, Stem, encoder_blocks, last_norm, reset_model
 from stabletx.models._storage import StoredModel
@@ -35,6 +37,41 @@ class Encoder(StoredModel):
         self.norm = last_norm(config)
         self.pooler = Pooler(config.d_model) if config.has_pooler and has_pooler else None
         self.reset_parameters()
+
+    @classmethod
+    def from_torch(
+        cls,
+        encoder: nn.TransformerEncoder,
+        *,
+        embedding: nn.Embedding,
+        positions: Tensor | None = None,  # (n, m)
+        embedding_scale: float = 1.0,
+    ) -> Encoder:
+        """Convert torch's encoder, which takes vectors, with the tables that made them from ids.
+
+        Args:
+            encoder: its layers, and its last norm where ``norm_first`` is True.
+            embedding: a vector for each token.
+            positions: a vector for each position, learned or waves; None adds none.
+            embedding_scale: factor on the tokens' vectors, such as ``d_model ** 0.5``.
+
+        Returns:
+            An encoder with copies of all weights. Training differs in one place: the dropout
+            within torch's feed-forward part is left out.
+
+        Raises:
+            TypeError: for another kind of module.
+            ValueError: for layers that differ, or that have no counterpart here. Convert those
+                that have with :meth:`EncoderBlock.from_torch`.
+
+        >>> layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        >>> stack = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        >>> ours = Encoder.from_torch(stack, embedding=nn.Embedding(10, 8))
+        >>> ours(torch.tensor([[1, 2]])).last_hidden_state.shape
+        torch.Size([1, 2, 8])
+        """
+        config, weights = read_encoder(encoder, embedding, positions, embedding_scale)
+        return fill(cls(config), weights, encoder)
 
     def reset_parameters(self) -> None:
         """Draw the weights anew, as after ``to_empty``."""
