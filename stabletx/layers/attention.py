@@ -15,6 +15,7 @@ from stabletx.layers import _layer_checks
 from stabletx.layers._from_torch import fill, read_attention
 from stabletx.layers._init import init_linear
 from stabletx.layers.cache import KeyValueCache
+from stabletx.layers.linear import Linear
 from stabletx.layers.normalization import RMSNorm
 from stabletx.masks import Mask
 from stabletx.packing import Plan
@@ -78,8 +79,8 @@ class MultiHeadAttention(nn.Module):
         self.head_dim, self.scale = d_head, scale
         self.is_causal, self.dropout_p, self.method = is_causal, dropout_p, method
         widths = self._widths()
-        self.qkv = nn.Linear(d_model, sum(widths), use_bias)
-        self.out = nn.Linear(widths[0], d_model, use_bias)
+        self.qkv = Linear(d_model, sum(widths), use_bias)
+        self.out = Linear(widths[0], d_model, use_bias)
         self.q_norm = RMSNorm(self.head_dim) if qk_norm else None
         self.k_norm = RMSNorm(self.head_dim) if qk_norm else None
         self.reset_parameters()

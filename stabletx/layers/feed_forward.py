@@ -12,6 +12,7 @@ from stabletx import _checks
 from stabletx._precision import compute_dtype
 from stabletx.functional.activations import gelu, swiglu
 from stabletx.layers._init import init_linear
+from stabletx.layers.linear import Linear
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "swiglu", "geglu", "geglu_tanh"]
 GATED = ("swiglu", "geglu", "geglu_tanh")
@@ -58,8 +59,8 @@ class FeedForward(nn.Module):
             d_ff = -(-8 * d_model // 24) * 8 if is_gated else 4 * d_model
         _checks.check_positive("d_ff", d_ff)
         self.activation = activation
-        self.widen = nn.Linear(d_model, d_ff * (2 if is_gated else 1), use_bias)
-        self.out = nn.Linear(d_ff, d_model, use_bias)
+        self.widen = Linear(d_model, d_ff * (2 if is_gated else 1), use_bias)
+        self.out = Linear(d_ff, d_model, use_bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -78,7 +79,11 @@ class FeedForward(nn.Module):
         return torch.cat(parts).view(x.shape)
 
     def _whole(self, x: Tensor) -> Tensor:
-        out: Tensor = self.out(bend(self.widen(x), self.activation))
+        if self.activation == "gelu" and type(self.widen) is Linear:
+            bent = self.widen.forward_gelu(x)
+        else:
+            bent = bend(self.widen(x), self.activation)
+        out: Tensor = self.out(bent)
         return out
 
 
