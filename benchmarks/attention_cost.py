@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.interleave import interleaved, machine
-from benchmarks.workloads import attention_workloads, build
+from benchmarks.attention import attention_workloads, build
+from benchmarks.interleave import interleaved
+from benchmarks.machine import machine
 
 
 def main() -> None:
