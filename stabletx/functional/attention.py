@@ -20,7 +20,7 @@ from stabletx.functional._extended import ROOM, extended
 from stabletx.functional._guards import repeat_heads
 from stabletx.functional._problem import Problem, checked_problem
 from stabletx.functional._sight import Sight, values_may_be_read
-from stabletx.functional.fused import can_fuse, fused
+from stabletx.functional.fused import can_fuse, fused, in_one_call
 from stabletx.functional.softmax import logsumexp, softmax
 from stabletx.functional.tiled import tiled
 from stabletx.masks import Mask
@@ -109,6 +109,8 @@ def attention(
     Numerics: computed in float32 at least (float64 for float64), rounded once; rows whose scores
         may exceed what that dtype can carry are computed in float64. "auto" reads magnitudes on
         the CPU only; on a GPU nothing waits, and extreme magnitudes need "tiled" or "exact".
+        torch.compile traces "exact"; torch.export traces torch's own function, in float32 at
+        least, which keeps its accuracy up to scores of about 256.
     Source: Vaswani et al. (2017), section 3.2.1; Milakov & Gimelshein (2018) for "tiled".
 
     >>> q = k = torch.zeros(1, 1, 2, 4)
@@ -205,6 +207,8 @@ def _choose(problem: Problem, method: str, *, stats: bool, weights: bool) -> tup
     if method == "tiled":
         _checks.check_method_can("tiled", transformed or ("weights asked for" if weights else ""))
         return tiles, "tiled", "asked for"
+    if method == "auto" and not stats and not obstacle and torch.compiler.is_exporting():
+        return _in_one_call, "fused", "torch.export is tracing: a graph for other runtimes"
     if method == "exact" or weights or transformed:
         why = "asked for" if method == "exact" else transformed or "weights asked for"
         return _formula, "exact", why
@@ -292,6 +296,10 @@ def _poisoned(result: _Result, poison: _guards.Poison, problem: Problem) -> _Res
 
 def _by_kernel(problem: Problem, sight: Sight) -> _Result:
     return _Result(fused(problem, sight, lambda again: _formula(again, again.sight()).out))
+
+
+def _in_one_call(problem: Problem, sight: Sight) -> _Result:
+    return _Result(in_one_call(problem, sight))
 
 
 def _by_tiles(problem: Problem, sight: Sight) -> _Result:

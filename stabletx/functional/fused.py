@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from stabletx._precision import compute_dtype, is_sixteen_bit
+from stabletx.functional._guards import repeat_heads
 from stabletx.functional._problem import Problem
 from stabletx.functional._sight import Sight
 
@@ -116,6 +117,24 @@ def fused(problem: Problem, sight: Sight, exact: Exact) -> Tensor:
     if has_key is None or bool(has_key.all()):
         return out
     return torch.where(has_key[..., None], out, 0.0)
+
+
+def in_one_call(problem: Problem, sight: Sight) -> Tensor:
+    """Attend through one call of torch's public function, which other runtimes know.
+
+    This is what an exported graph holds. It expects what no query sees, and what is not finite,
+    to have been put to 0; it reads no value, so magnitudes are as on a GPU the caller's care.
+    """
+    work = compute_dtype(problem.q.dtype)
+    q, k, v = (x.to(work) for x in (problem.q, problem.k, problem.v))
+    k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
+    seen = sight.dense()
+    if problem.bias is not None:
+        added = problem.bias.to(work)
+        seen = added if seen is None else torch.where(seen, added, -torch.inf)
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=problem.scale)
+    has_key = sight.rows_with_a_key()
+    return out if has_key is None else torch.where(has_key[..., None], out, 0.0)
 
 
 def _pieces(sight: Sight, q: Tensor) -> Iterator[_Piece]:

@@ -16,7 +16,9 @@ from stabletx.training.events import LOG
 
 RUN, METRICS, REPORT = "run.json", "metrics.json", "report.html"
 TENSORBOARD = "tensorboard"
-_OWN = (RUN, METRICS, REPORT, LOG, ck.FILE, "config.json", "model.safetensors", "tokenizer.json")
+_MODEL = ("config.json", "model.safetensors", "tokenizer.json")
+_OF_MODEL = ("model.onnx", "model.pt2", "parity.json")  # made from it later; untrue of a new one
+_OWN = (RUN, METRICS, REPORT, LOG, ck.FILE, *_MODEL, *_OF_MODEL)
 
 
 def default_name(data: str) -> str:
