@@ -135,17 +135,17 @@ def read(
     config = _files.read_config(folder)
     path, tensors = _files.read_tensors(folder)
     tensors = {_new_name(name): x for name, x in tensors.items()}
-    _messages.check_dtypes(path, tensors, dtype)
     if labels is not None:
         config = {**config, "id2label": dict(enumerate(labels)), "num_labels": len(labels)}
         model = SequenceClassifier if model is None else model
     try:
         conversion = convert(config, tensors, model=model, family=family)
     except (ValueError, TypeError) as error:
-        instead = "Nothing was loaded."
-        raise ValueError(_model_checks.bad_file(folder / CONFIG, error, instead)) from error
+        raise ValueError(_messages.unsuitable(folder / CONFIG, error)) from error
     if labels is not None:
         conversion = _with_own_classes(conversion, tensors, len(labels))
+    read_names = {name for piece in conversion.pieces for name in piece.theirs}
+    _messages.check_dtypes(path, {k: x for k, x in tensors.items() if k in read_names}, dtype)
     made, report = carry_out(conversion, tensors, ignore=ignore)
     lacking = {piece.ours for piece in conversion.pieces} - made.keys()
     may_start_anew = model is not None and all("head." in name for name in lacking)

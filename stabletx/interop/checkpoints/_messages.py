@@ -27,6 +27,11 @@ def refuse_untied(name: str, main: str) -> NoReturn:
     raise ValueError(must(name, f"equal {main}, as config.json ties them", "other values", instead))
 
 
+def unsuitable(path: object, error: Exception) -> str:
+    """Say that a configuration does not describe what can be loaded, and what is wrong in it."""
+    return f"{path} must describe a model that can be loaded, got: {error}"
+
+
 def needed(config: Mapping[str, Any], key: str) -> Any:
     """Give a setting; refuse its absence."""
     if key not in config:
@@ -55,7 +60,8 @@ def check_family(family: object, supported: Collection[str]) -> None:
         raise ValueError(must("model_type", "be another library's", repr(family), instead))
     if family not in supported:
         listed = ", ".join(repr(name) for name in sorted(supported))
-        raise ValueError(must("model_type", f"be one of {listed}", repr(family)))
+        instead = "Pass family= where config.json names none." if family is None else ""
+        raise ValueError(must("model_type", f"be one of {listed}", repr(family), instead))
 
 
 def refuse_architecture(family: str, architecture: object, supported: Collection[str]) -> NoReturn:

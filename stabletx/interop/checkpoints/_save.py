@@ -81,7 +81,7 @@ def _described(model: StoredModel, family: str | None) -> tuple[dict[str, Any], 
             differing = differing or str(error)
             continue
         ours, back = (_read(c, type(model)) for c in (model.config, conversion.config))
-        wrong = [key for key in ours if ours[key] != back[key]]
+        wrong = [key for key in ours if ours[key] != back.get(key)]
         if not wrong:
             config["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
             return config, conversion
