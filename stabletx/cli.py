@@ -1,4 +1,4 @@
-"""The program ``stabletx``: train, evaluate, predict, check, bench."""
+"""The program ``stabletx``: train, evaluate, predict, export, parity, check, bench."""
 
 from __future__ import annotations
 
@@ -26,10 +26,19 @@ examples:
   echo "What a wonderful film" | stabletx predict runs/reviews
   stabletx predict runs/reviews lines.txt --json
   stabletx predict runs/reviews new-reviews.csv --text review"""
+_EXPORT_HELP = """\
+examples:
+  stabletx export runs/reviews --format onnx
+  stabletx export runs/reviews --format torch --out reviews.pt2"""
+_PARITY_HELP = """\
+examples:
+  stabletx parity runs/reviews new-reviews.csv --text review
+  stabletx parity runs/reviews lines.txt --only float64,onnx --threshold 1e-4"""
 _BENCH_HELP = """\
 examples:
-  stabletx bench
-  stabletx bench --only attention --json results.json"""
+  stabletx bench --part encoder
+  stabletx bench --part decode --part training --threads 2
+  stabletx bench --machine my-laptop --results results"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -120,6 +129,9 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     _add_train(_verb(verbs, "train", "train a text classifier", _TRAIN_HELP, _train))
     _add_evaluate(_verb(verbs, "evaluate", "measure a trained model", _EVALUATE_HELP, _evaluate))
     _add_predict(_verb(verbs, "predict", "label texts", _PREDICT_HELP, _predict))
+    _add_export(_verb(verbs, "export", "write a model for other runtimes", _EXPORT_HELP, _export))
+    about = "compare a model's answers across dtypes, batches and runtimes"
+    _add_parity(_verb(verbs, "parity", about, _PARITY_HELP, _parity))
     check = _verb(verbs, "check", "hold an attention to the laws", "", _check)
     if verb == "check":
         from stabletx.testing.command import add_check_arguments
@@ -196,10 +208,41 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
 
 
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="the folder of a run")
+    about = "onnx: an ONNX file; torch: a program for torch.export.load"
+    parser.add_argument("--format", choices=("onnx", "torch"), required=True, help=about)
+    about = "file to write (model.onnx or model.pt2 in the folder of the run)"
+    parser.add_argument("--out", metavar="PATH", help=about)
+
+
+def _add_parity(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="the folder of a run")
+    about = "texts: a table, a file with one a line, or a named set (its test texts)"
+    add("data", metavar="DATA", help=about)
+    add("--text", metavar="COL", help="column of the texts")
+    about = "environments, separated by commas; the default is all that this machine has"
+    add("--only", metavar="NAMES", help=about)
+    add("--rows", type=int, default=512, metavar="N", help="texts compared at most (512)")
+    add("--batch", type=int, default=32, metavar="N", help="texts in a batch (32)")
+    about = "exit with 1 where a probability changes by more, or padding matters"
+    add("--threshold", type=float, metavar="P", help=about)
+    about = "for parity.json and parity.png (the folder of the run)"
+    add("--out", metavar="FOLDER", help=about)
+    add("--json", action="store_true", help="print every figure as JSON")
+
+
 def _add_bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--only", metavar="WORD", help="benchmarks whose name holds this word")
-    parser.add_argument("--json", metavar="FILE", help="write every figure to a file")
-    parser.add_argument("--list", action="store_true", help="name the benchmarks, run none")
+    add = parser.add_argument
+    about = "encoder, training, decode, attention, functions, guards, growth, memory or import"
+    add("--part", action="append", default=[], metavar="PART", help=f"{about}; else all of them")
+    add("--device", default="cpu", choices=("cpu", "cuda"), help="where to measure")
+    add("--threads", type=int, metavar="N", help="of every contestant (as torch chooses)")
+    add("--rounds", type=int, default=9, metavar="N", help="turns of each contestant (9)")
+    add("--machine", metavar="NAME", help="what the results file is called (the processor)")
+    add("--results", metavar="FOLDER", help="for file and pictures (those of the clone)")
+    add("--quick", action="store_true", help="the smallest sizes, to see that everything runs")
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -294,6 +337,19 @@ def _predict(args: argparse.Namespace) -> int:
     return OK
 
 
+def _export(args: argparse.Namespace) -> int:
+    from stabletx.interop.export import export_run
+
+    print(export_run(args.model, args.format, args.out))
+    return OK
+
+
+def _parity(args: argparse.Namespace) -> int:
+    from stabletx.interop.parity.command import run_parity
+
+    return OK if run_parity(args) else FAILED
+
+
 def _check(args: argparse.Namespace) -> int:
     from stabletx.testing.command import run_check
 
@@ -301,25 +357,36 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    import subprocess
+    from importlib import import_module
 
-    folder = next(_benchmark_folders(), None)
-    if folder is None:
+    root = next(_clones(), None)
+    if root is None:
         raise UsageError(
             "bench must run in a clone of the repository, got no folder benchmarks/ here or beside "
             "the package. Clone it and run: stabletx bench."
         )
-    command = [sys.executable, "-m", "pytest", str(folder)]
-    command += ["-k", args.only] if args.only else []
-    command += ["--benchmark-json", args.json] if args.json else []
-    command += ["--collect-only", "-q"] if args.list else []
-    return OK if subprocess.run(command, check=False).returncode == 0 else FAILED
+    sys.path.insert(0, str(root))
+    command: Any = import_module("benchmarks.command")
+    request = command.Request(
+        parts=args.part,
+        device=args.device,
+        threads=args.threads,
+        rounds=args.rounds,
+        machine=args.machine,
+        folder=None if args.results is None else Path(args.results),
+        is_quick=args.quick,
+    )
+    try:
+        command.bench(request, lambda line: print(line, flush=True))
+    except command.BenchmarkError as error:
+        raise UsageError(str(error)) from error
+    return OK
 
 
-def _benchmark_folders() -> Iterator[Path]:
+def _clones() -> Iterator[Path]:
     for root in (Path.cwd(), Path(__file__).resolve().parent.parent):
-        if (root / "benchmarks" / "conftest.py").exists():
-            yield root / "benchmarks"
+        if (root / "benchmarks" / "command.py").exists():
+            yield root
 
 
 if __name__ == "__main__":
