@@ -243,6 +243,6 @@ def _check_asks_backend(module: str) -> None:
     for own in vars(home).values():
         is_layer = inspect.isclass(own) and issubclass(own, nn.Module)
         if is_layer and own.__module__ == home.__name__ and "Attention" in own.__name__:
-            rule = "be 'eager' for a model whose attention asks no backend"
-            instead = 'Load it with attn_implementation="eager".'
-            raise ValueError(must("attn_implementation", rule, f"it for {own.__name__}", instead))
+            rule = f"be 'eager' for {own.__name__}, which asks no backend"
+            instead = 'Load the model with attn_implementation="eager".'
+            raise ValueError(must("attn_implementation", rule, "a backend", instead))
