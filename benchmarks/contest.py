@@ -115,7 +115,12 @@ def hold(contest: Contest, settings: Settings) -> Outcome:
             row.reason = f"wrong by {row.error:.3g}, more than {allowed:.3g}"
     wants_limit = bool(contest.flops or contest.n_bytes) and not settings.is_quick
     machine = limits(contest.dtype, settings.device) if wants_limit else {}
-    timings = in_turns({**calls, **machine}, rounds=settings.rounds, device=settings.device)
+    timings = in_turns(
+        {**calls, **machine},
+        rounds=settings.rounds,
+        seconds_a_turn=0.0 if settings.is_quick else 0.03,
+        device=settings.device,
+    )
     for name in calls:
         rows[name] = timed(rows[name], timings[name], timings[OURS])
     about = {**contest.about, **_shares(contest, timings)} if machine else dict(contest.about)

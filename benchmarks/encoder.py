@@ -64,6 +64,7 @@ def _cpu_works() -> list[tuple[Work, dict[str, float]]]:
             {CT2: 0.60, TORCH: 0.45, ORT: 0.33, HF: 0.21},
         ),
         (Work("minilm-b16-n128-full-float32", small, 16, fill=1.0), {"best": 0.80}),
+        (Work("minilm-b1-n32-full-float32", small._replace(max_seq_len=32), 1, fill=1.0), {}),
         (Work("minilm-b8-n128-bfloat16", small, 8, dtype=half), sixteen),
         (Work("bert-width-b8-n512-bfloat16", wide, 8, dtype=half), sixteen),
     ]

@@ -12,7 +12,7 @@ from benchmarks.interleave import spread
 
 BARE = "torch alone"
 STATEMENTS = {
-    OURS: "import torch; from stabletx import Decoder, Encoder, Mask, SequenceClassifier, attention",
+    OURS: "import torch; from stabletx import Decoder, Encoder, SequenceClassifier, attention",
     BARE: "import torch",
     "transformers": "import torch; from transformers import BertModel",
     "x-transformers": "import torch; import x_transformers",

@@ -32,7 +32,7 @@ WIDTH, HEADS = 384, 6
 
 def cases(settings: Settings) -> list[Case]:
     """List the one workload."""
-    lengths = {OURS: (128, 1024), TORCH: (1024,)} if settings.is_quick else LENGTHS
+    lengths = {OURS: (1024,)} if settings.is_quick else LENGTHS
     names = (*lengths, EXPECTED)
     return [Case("memory", "forward", names, partial(run, lengths), unit="MB")]
 

@@ -357,22 +357,3 @@ def test_first_interrupt_keeps_the_checkpoint_and_says_how_to_go_on(here):
 def test_bench_outside_a_clone_says_so(capsys, here, monkeypatch):
     monkeypatch.setattr("stabletx.cli.__file__", str(here / "stabletx" / "cli.py"))
     assert "bench must run in a clone" in refused(capsys, "bench")
-
-
-@pytest.mark.parametrize(("status", "code"), [(0, 0), (1, 1), (5, 1)])
-def test_bench_hands_its_options_to_pytest(capsys, here, monkeypatch, status, code):
-    (here / "benchmarks").mkdir()
-    (here / "benchmarks" / "conftest.py").write_text("")
-    commands = []
-
-    def fake(command, check):
-        commands.append(command[1:])
-        return subprocess.CompletedProcess(command, status)
-
-    monkeypatch.setattr(subprocess, "run", fake)
-    found = run(capsys, "bench", "--only", "attention", "--json", "out.json", "--list")[0]
-    assert found == code
-    assert commands == [
-        ["-m", "pytest", str(here / "benchmarks"), "-k", "attention", "--benchmark-json",
-         "out.json", "--collect-only", "-q"]
-    ]  # fmt: skip
