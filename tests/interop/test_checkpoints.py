@@ -277,8 +277,8 @@ def rewrite(folder, tensors):
             r"query.weight must have 32 rows, as config.json says, got",
         ),
         ({"vocab_size": 49}, r"weight of shape \(50, 16\) instead of \(49, 16\)"),
-        ({"num_hidden_layers": 5}, "must have all tensors of the model, got .*layer.4"),
-        ({"num_hidden_layers": 3}, "must have no unknown tensors, got .*layer.3.*ignore="),
+        ({"num_hidden_layers": 5}, "must hold all tensors of the model, got none for .*layer.4"),
+        ({"num_hidden_layers": 3}, "must hold no unknown tensors, got .*layer.3.*ignore="),
         ({"num_attention_heads": 3}, "n_heads must divide d_model, got n_heads=3"),
         ({"hidden_act": "mish"}, "config.json's hidden_act must be one of gelu, .*='mish'"),
         ({"position_embedding_type": "relative_key"}, "must be 'absolute', got .*relative_key"),
@@ -299,17 +299,26 @@ def test_tensors_that_lack_or_exceed_are_refused_until_named(tmp_path):
     stored(theirs, tmp_path)
     held = dict(theirs.state_dict())
     rewrite(tmp_path, {**held, "mystery.weight": torch.ones(2)})
-    with pytest.raises(ValueError, match=r"no unknown tensors, got .*=mystery.weight"):
+    with pytest.raises(ValueError, match=r"no unknown tensors, got mystery.weight"):
         load(tmp_path)
     assert read(tmp_path, ignore=["mystery.weight"]).report.ignored == (
         ("mystery.weight", "as asked for"),
     )
     del held["encoder.layer.2.output.dense.bias"]
     rewrite(tmp_path, held)
-    with pytest.raises(ValueError, match=r"have all tensors .*layer.2.output.dense.bias"):
+    with pytest.raises(ValueError, match=r"hold all tensors .*layer.2.output.dense.bias"):
         load(tmp_path)
-    with pytest.raises(ValueError, match=r"have all tensors .*layer.2.output.dense.bias"):
+    with pytest.raises(ValueError, match=r"hold all tensors .*layer.2.output.dense.bias"):
         load(tmp_path, model=SequenceClassifier)
+
+
+def test_a_head_that_is_promised_and_not_there_is_refused(tmp_path):
+    theirs = tiny("MPNetModel")
+    stored(theirs, tmp_path)
+    edit(tmp_path, architectures=["MPNetForMaskedLM"])
+    with pytest.raises(ValueError, match=r"none for lm_head.bias, .* Pass model=stabletx.Encoder"):
+        load(tmp_path)
+    assert isinstance(load(tmp_path, model=Encoder), Encoder)
 
 
 def test_tied_tensors_that_differ_are_refused(tmp_path):

@@ -148,13 +148,11 @@ def read(
     _messages.check_dtypes(path, {k: x for k, x in tensors.items() if k in read_names}, dtype)
     made, report = carry_out(conversion, tensors, ignore=ignore)
     lacking = {piece.ours for piece in conversion.pieces} - made.keys()
-    may_start_anew = model is not None and all("head." in name for name in lacking)
-    if lacking and not may_start_anew:
-        instead = f"Does {CONFIG} beside it describe these weights?"
-        _messages.refuse_names(path, "have all tensors of the model", report.missing, instead)
+    only_heads = all("head." in name for name in lacking)
+    if lacking and not (model is not None and only_heads):
+        _messages.refuse_missing(path, report.missing, only_heads=only_heads)
     if report.unexpected:
-        instead = "Nothing is left out in silence: pass their names as ignore=."
-        _messages.refuse_names(path, "have no unknown tensors", report.unexpected, instead)
+        _messages.refuse_unexpected(path, report.unexpected)
     filled = _filled(conversion, made, path, dtype)
     fresh = tuple(name for name in own_state(filled) if name not in made)
     return Checkpoint(filled, replace(report, fresh=fresh))

@@ -97,11 +97,25 @@ def check_dtypes(path: object, tensors: Mapping[str, Tensor], dtype: torch.dtype
         raise TypeError(must("the weights", "have one dtype", ", ".join(found), instead))
 
 
-def refuse_names(path: object, what: str, names: Collection[str], instead: str) -> NoReturn:
-    """Refuse weights that lack names, or have some that nothing is known of."""
-    listed = ", ".join(sorted(names)[:5])
+def refuse_missing(path: object, names: Collection[str], *, only_heads: bool) -> NoReturn:
+    """Refuse weights that lack tensors of the model."""
+    instead = "Does config.json beside it describe these weights?"
+    if only_heads:
+        instead += " Pass model=stabletx.Encoder for the encoder without its head."
+    raise ValueError(
+        f"{path} must hold all tensors of the model, got none for {_some(names)}. {instead}"
+    )
+
+
+def refuse_unexpected(path: object, names: Collection[str]) -> NoReturn:
+    """Refuse weights with tensors that nothing is known of."""
+    instead = "Nothing is left out in silence: pass their names as ignore=."
+    raise ValueError(f"{path} must hold no unknown tensors, got {_some(names)}. {instead}")
+
+
+def _some(names: Collection[str]) -> str:
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    raise ValueError(must(str(path), what, listed + more, instead))
+    return ", ".join(sorted(names)[:5]) + more
 
 
 def unsafe_pickle(path: object, why: object) -> str:
