@@ -135,7 +135,7 @@ def _never_rounded(problem: Problem, sizes: Tensor, units: Units) -> Tensor:  # 
     The scale must be a power of four, for it may be applied as its root on both sides.
     """
     fraction, exponent = math.frexp(problem.scale)
-    if fraction != 0.5 or exponent % 2 == 0:
+    if fraction != 0.5 or exponent % 2 == 0 or units.profile.base_two:
         return torch.zeros_like(sizes, dtype=torch.bool)
     grid = _grid(problem.q)[..., :, None] + _grid(problem.k)[..., None, :]
     digits = -math.log2(units.u_sum)

@@ -33,6 +33,8 @@ class Profile:
         delta_from_output: the backward pass takes ``sum(grad_out * out)`` from the output as
             stored, rounded to the output's dtype.
         block: keys between two updates of a running maximum.
+        base_two: scores are multiplied by log2(e) before the row's maximum is taken off, so each is
+            rounded at its own size: under a common offset that costs what the offset costs.
     """
 
     compute: torch.dtype | None = None
@@ -43,6 +45,7 @@ class Profile:
     recompute_from_lse: bool = False
     delta_from_output: bool = False
     block: int = 64
+    base_two: bool = False
 
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Return the dtype that inputs of ``dtype`` are computed in."""
