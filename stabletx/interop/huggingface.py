@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from stabletx._checks import check_axes, must
+from stabletx.functional._sight import values_may_be_read
 from stabletx.functional.attention import attention, attention_details
 from stabletx.masks import Mask
 
@@ -154,10 +155,14 @@ def make_mask(
     """
     from transformers import masking_utils
 
-    _check_asks_backend(type(config).__module__)
+    is_compiling = torch.compiler.is_compiling()
+    if not is_compiling:
+        _check_asks_backend(type(config).__module__)
     rule = masking_utils.causal_mask_function if mask_function is None else mask_function
     keep = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
     keep = None if keep is None else keep[:, kv_offset : kv_offset + kv_length]
+    if keep is not None and values_may_be_read(keep) and bool(keep.all()):
+        keep = None  # nothing is padding
 
     def written() -> Tensor:
         if rule is masking_utils.bidirectional_mask_function:  # a view, which needs no memory
@@ -169,7 +174,7 @@ def make_mask(
         )  # fmt: skip
         return dense
 
-    if torch.compiler.is_compiling():
+    if is_compiling:
         return written()
     with torch.inference_mode(mode=False):  # a tensor made there does not count its changes
         allowed: Tensor = written()
