@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import MISSING, FrozenInstanceError, asdict, dataclass, fields
 from typing import Any, Literal, final, get_args
@@ -205,6 +206,10 @@ class TransformerConfig(_Fields):
     def to_dict(self) -> dict[str, Any]:
         """Give every field as what JSON can hold."""
         return {**asdict(self), "labels": list(self.labels)}
+
+    def to_json_string(self) -> str:
+        """Give every field as a JSON text, under the name by which Hugging Face's loggers ask."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> TransformerConfig:
