@@ -14,6 +14,30 @@ def test_feed_forward_is_its_formula():
     assert torch.equal(gated(x), gated.out(swiglu(gate, up)))
 
 
+@pytest.mark.parametrize(
+    ("name", "formula"),
+    [
+        ("gelu_tanh", lambda x: gelu(x, approximate="tanh")),
+        ("relu", torch.relu),
+        ("silu", torch.nn.functional.silu),
+        ("geglu", lambda x: gelu(x[:, :12]) * x[:, 12:]),
+        ("geglu_tanh", lambda x: gelu(x[:, :12], approximate="tanh") * x[:, 12:]),
+    ],
+)
+def test_every_activation_is_its_formula_in_every_dtype(name, formula):
+    layer = FeedForward(8, 12, activation=name)
+    x = torch.randn(3, 8)
+    assert torch.equal(layer(x), layer.out(formula(layer.widen(x))))
+    half = layer.bfloat16()
+    assert half(x.bfloat16()).dtype == torch.bfloat16
+    for value in (-3e38, 3e38):
+        wide = torch.full((1, 24), value, requires_grad=True)
+        bent = module.bend(wide / 1e30 if "glu" in name else wide, name)
+        bent.sum().backward()
+        assert bent.isfinite().all()
+        assert wide.grad.isfinite().all()
+
+
 def test_swiglu_has_about_the_weights_of_gelu_by_default():
     assert FeedForward(96).widen.out_features == 384
     assert FeedForward(96, activation="swiglu").widen.out_features == 2 * 256
@@ -30,6 +54,11 @@ def test_long_inputs_in_pieces_are_the_whole(same_function, monkeypatch, shape):
         return [layer(torch.randn(shape, dtype=torch.float64).to(dtype))]
 
     same_function(lambda dtype: run(dtype, 100), lambda dtype: run(dtype, 3))
+
+
+def test_feed_forward_refuses_another_activation():
+    with pytest.raises(ValueError, match=r"activation must be one of 'gelu', .*, got .*='mish'"):
+        FeedForward(8, activation="mish")
 
 
 def test_feed_forward_refuses_a_size_that_is_not_positive():

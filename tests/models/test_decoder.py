@@ -15,7 +15,15 @@ KINDS = {
     "rotary grouped": {"n_kv_heads": 2},
     "learned one head": {"n_kv_heads": 1, "position": "learned", "norm_position": "post"},
     "none peri": {"position": "none", "norm_position": "peri", "activation": "swiglu"},
-}
+    "windows relative": {
+        "window": 2, "global_every": 2, "relative_buckets": 6, "relative_max_distance": 4,
+        "d_head": 6, "n_kv_heads": 2, "tie_head": False, "head_bias": True, "logit_scale": 0.5,
+    },
+    "sinusoidal shared": {
+        "position": "sinusoidal", "n_distinct_layers": 1, "d_embedding": 6,
+        "head_activation": "gelu", "head_norm": True, "norm_position": "post",
+    },
+}  # fmt: skip
 every_kind = pytest.mark.parametrize("kind", KINDS)
 IDS = torch.randint(1, 40, (3, 7), generator=torch.Generator().manual_seed(0))
 LEFT = torch.arange(7) >= torch.tensor([[0], [3], [6]])
@@ -24,7 +32,10 @@ HOLED = torch.tensor([[1, 0, 1, 1, 0, 1, 0], [1, 1, 1, 1, 1, 1, 1], [0, 1, 1, 0,
 
 def model(kind="rotary grouped", dtype=torch.float64, **options):
     torch.manual_seed(0)
-    return Decoder(TransformerConfig(40, 16, 2, 4, **KINDS[kind], **options)).to(dtype).eval()
+    made = Decoder(TransformerConfig(40, 16, 2, 4, **KINDS[kind], **options))
+    if made.stack.places.relative is not None:  # it starts at 0, where nothing shows
+        torch.nn.init.normal_(made.stack.places.relative.table.weight)
+    return made.to(dtype).eval()
 
 
 @every_kind

@@ -19,13 +19,39 @@ KINDS = {
         "activation": "swiglu",
         "use_bias": False,
     },
+    "windows relative": {
+        "window": 2,
+        "global_every": 2,
+        "window_rotary_base": 100.0,
+        "relative_buckets": 8,
+        "relative_max_distance": 6,
+        "embedding_norm": True,
+        "norm_bias": False,
+        "activation": "geglu",
+        "d_head": 6,
+        "attention_scale": 1.0,
+    },
+    "factorised shared": {
+        "n_layers": 4,
+        "n_distinct_layers": 2,
+        "d_embedding": 6,
+        "n_token_types": 2,
+        "position": "sinusoidal",
+        "embedding_scale": 3.0,
+        "norm_position": "post",
+        "norm_eps": 1e-12,
+        "activation": "relu",
+    },
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def model(kind="pre rotary", dtype=torch.float64, **options):
     torch.manual_seed(0)
-    return Encoder(TransformerConfig(**{**SIZES, **KINDS[kind], **options})).to(dtype)
+    made = Encoder(TransformerConfig(**{**SIZES, **KINDS[kind], **options}))
+    if made.places.relative is not None:  # it starts at 0, where nothing shows
+        torch.nn.init.normal_(made.places.relative.table.weight)
+    return made.to(dtype)
 
 
 def some_ids(*shape, seed=0):

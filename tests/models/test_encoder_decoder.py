@@ -5,6 +5,8 @@ import torch
 
 from stabletx.functional import cross_entropy
 from stabletx.models import EncoderDecoder, TransformerConfig
+from stabletx.models._generation import DecoderCache
+from stabletx.models._inputs import read_inputs
 
 SOURCE = torch.randint(3, 40, (3, 6), generator=torch.Generator().manual_seed(0))
 KEEP = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 0], [1, 0, 0, 0, 0, 0]]).bool()
@@ -19,6 +21,42 @@ def model(dtype=torch.float64, **options):
         for block in made.stack.blocks:  # let the source matter to what is written
             block.cross_attention.out.weight.mul_(16)
     return made
+
+
+def test_options_of_both_halves_reach_both(same_function):
+    options = {
+        "share_embeddings": True, "n_decoder_layers": 3, "relative_buckets": 8,
+        "relative_max_distance": 6, "position": "none", "qk_norm": False, "head_bias": True,
+    }  # fmt: skip
+
+    @torch.no_grad()
+    def whole(dtype):
+        made = varied(model(dtype, **options))
+        return [made(SOURCE, KEEP, decoder_input_ids=written).logits]
+
+    @torch.no_grad()
+    def cached(dtype):
+        made, scores = varied(model(dtype, **options)), []
+        context, source = made._read(SOURCE, KEEP)
+        like = made.stack.stem.embedding.tokens.weight
+        cache = DecoderCache(made.config, 3, 5, like=like, context_len=6)
+        for i in range(5):
+            x = made.stack(
+                read_inputs(written[:, i : i + 1], None),
+                cache=cache, context=context, context_mask=source.key_mask,
+            )  # fmt: skip
+            scores.append(made.stack.scores(x))
+        return [torch.cat(scores, dim=1)]
+
+    def varied(made):
+        for part in (made.encoder, made.stack):
+            torch.manual_seed(1)
+            torch.nn.init.normal_(part.places.relative.table.weight)
+        return made
+
+    written = torch.cat([torch.ones(3, 1, dtype=torch.long), TARGET.clamp(min=3)], dim=1)
+    same_function(whole, cached)
+    assert len(model(**options).stack.blocks) == 3
 
 
 def test_scores_are_the_same_for_each_pair_alone(same_function):

@@ -14,6 +14,25 @@ def test_config_comes_back_from_json():
     assert config.n_classes == 2
 
 
+def test_config_of_the_first_version_is_read():
+    old = {
+        "vocab_size": 30, "d_model": 16, "n_layers": 2, "n_heads": 4, "n_kv_heads": None,
+        "d_ff": None, "max_seq_len": 512, "dropout_p": 0.1, "attention_dropout_p": 0.0,
+        "norm_position": "pre", "norm": "layer", "qk_norm": True, "activation": "gelu",
+        "use_bias": True, "position": "rotary", "rotary_base": 10000.0, "pooling": "mean",
+        "labels": ["a", "b"], "n_classes": 2, "pad_id": 0, "bos_id": None, "eos_id": None,
+    }  # fmt: skip
+    config = TransformerConfig.from_dict(old)
+    assert config == TransformerConfig(**SIZES, dropout_p=0.1, labels=("a", "b"))
+
+
+def test_windowed_layers_are_those_between_the_ones_that_see_all():
+    config = TransformerConfig(**SIZES, window=2, global_every=3)
+    assert [config.is_windowed(i) for i in range(5)] == [False, True, True, False, True]
+    assert TransformerConfig(**SIZES, window=2).is_windowed(0)
+    assert not TransformerConfig(**SIZES).is_windowed(1)
+
+
 def test_config_cannot_change():
     with pytest.raises(FrozenInstanceError, match=r"cannot assign to field 'd_model'"):
         TransformerConfig(**SIZES).d_model = 8
@@ -42,6 +61,13 @@ def test_config_bears_the_note_of_hugging_faces_trainer():
         ({"norm": "batch"}, ValueError, r"norm must be one of .*, got norm='batch'"),
         ({"pad_id": 30}, ValueError, r"pad_id must be in \[0, vocab_size=30\), got pad_id=30"),
         ({"eos_id": "x"}, TypeError, "eos_id must be an int, got eos_id='x'"),
+        ({"d_head": 3}, ValueError, "d_model / n_heads must be even"),
+        ({"global_every": 3}, ValueError, "global_every must be None without a window, got .*=3"),
+        ({"n_distinct_layers": 3}, ValueError, "n_distinct_layers must divide n_layers, got .*=3"),
+        ({"head_activation": "elu"}, ValueError, "head_activation must be one of 'tanh'"),
+        ({"embedding_norm": "yes"}, TypeError, "embedding_norm must be True or False"),
+        ({"n_token_types": -1}, ValueError, "n_token_types must be at least 0"),
+        ({"norm_eps": 0.0}, ValueError, r"norm_eps must be positive, got norm_eps=0\.0"),
         ({"labels": "ab"}, TypeError, "labels must be a tuple of texts, got labels='ab'"),
         ({"labels": ("a", "a")}, ValueError, "labels must differ from each other"),
         ({"labels": ("a",), "n_classes": 2}, ValueError, "number of labels, 1, got n_classes=2"),

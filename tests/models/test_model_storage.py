@@ -10,12 +10,13 @@ from stabletx.models import (
     Decoder,
     Encoder,
     EncoderDecoder,
+    MaskedLanguageModel,
     SequenceClassifier,
     TransformerConfig,
 )
 
 CONFIG = TransformerConfig(30, 16, 2, 4, labels=("a", "b"), bos_id=1)
-MODELS = [Encoder, Decoder, EncoderDecoder, SequenceClassifier]
+MODELS = [Encoder, Decoder, EncoderDecoder, SequenceClassifier, MaskedLanguageModel]
 IDS = torch.arange(8).view(2, 4)
 
 
@@ -42,6 +43,33 @@ def test_model_comes_back_to_the_bit(tmp_path, kind, dtype):
     assert all(x.requires_grad for x in again.parameters())
     for a, b in zip(outputs(made), outputs(again), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_shared_embedding_is_stored_once_and_stays_shared(tmp_path):
+    config = TransformerConfig(30, 16, 2, 4, bos_id=1, share_embeddings=True, n_decoder_layers=1)
+    made = EncoderDecoder(config)
+    assert len(made.stack.blocks) == 1
+    made.save_pretrained(tmp_path)
+    assert "stack.stem.embedding.tokens.weight" not in load_file(tmp_path / "model.safetensors")
+    again = EncoderDecoder.from_pretrained(tmp_path)
+    tables = [x.stem.embedding.tokens.weight for x in (again.encoder, again.stack)]
+    assert tables[0] is tables[1]
+    for a, b in zip(outputs(made), outputs(again), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_layers_that_share_their_weights_are_stored_once(tmp_path):
+    made = Encoder(TransformerConfig(30, 16, 6, 4, n_distinct_layers=2)).eval()
+    made.save_pretrained(tmp_path)
+    held = load_file(tmp_path / "model.safetensors")
+    assert {name.split(".")[1] for name in held if name.startswith("blocks")} == {"0", "1"}
+    again = Encoder.from_pretrained(tmp_path)
+    x = made.stem(IDS, torch.arange(4))
+    whole, _ = made.places(torch.arange(4))
+    for i in (0, 0, 0, 1, 1, 1):
+        x = made.blocks[i](x, **whole._asdict())
+    torch.testing.assert_close(made.norm(x), made(IDS).last_hidden_state)
+    assert torch.equal(again(IDS).last_hidden_state, made(IDS).last_hidden_state)
 
 
 def test_read_weights_lie_in_memory_as_torch_aligns_it(folder):

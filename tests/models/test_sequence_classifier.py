@@ -32,6 +32,15 @@ def test_packed_classifier_is_the_padded_one_with_its_gradients(
     same_function(lambda dtype: run(dtype, -1.0), lambda dtype: run(dtype, 0.95))
 
 
+def test_a_hidden_layer_bends_the_pooled_vector_before_it_is_scored():
+    made = model(pooling="first", head_activation="tanh", head_norm=True)
+    hidden = made.head.hidden
+    states = made.encoder(IDS, KEEP).last_hidden_state
+    first = torch.stack([states[0, 0], states[1, 1], torch.zeros_like(states[0, 0]), states[3, 0]])
+    wanted = made.head.out(hidden.norm(torch.tanh(hidden.linear(first))))
+    torch.testing.assert_close(made(IDS, KEEP).logits, wanted)
+
+
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_packed_ids_are_classified_to_the_bits_of_the_padded(pooling):
     made = model(pooling=pooling)
