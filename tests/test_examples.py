@@ -33,6 +33,20 @@ def test_text_classification_says_how_it_went():
     assert "accuracy 0." in said
 
 
+def test_huggingface_attention_agrees_and_stays_finite():
+    said = run("huggingface_attention.py")
+    assert float(said.splitlines()[0].rpartition(" ")[2]) < 1e-4
+    assert ", stabletx 0\n" in said
+    assert "one of the empty text to 0.000" in said
+
+
+def test_swapped_import_saves_the_model():
+    theirs, ours = run("swapped_import.py").splitlines()
+    assert theirs.startswith("torch.nn: ")
+    assert ", 0 weights are NaN" in ours
+    assert float(ours.split("accuracy ")[1].split(",")[0]) > 0.9
+
+
 @pytest.mark.network
 def test_sentiment_analysis_answers():
     try:
