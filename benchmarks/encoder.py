@@ -90,7 +90,23 @@ def _names(work: Work, device: str) -> tuple[str, ...]:
 def run(work: Work, settings: Settings) -> Outcome:
     """Measure one workload."""
     with torch.inference_mode():
-        return hold(build(work, settings.device), settings)
+        contest = build(work, settings.device)
+        if settings.device == "cuda":
+            contest.about["waits for the GPU"] = _waits(contest.makers[OURS]())
+        return hold(contest, settings)
+
+
+def _waits(call: Call) -> bool:
+    """Tell whether a call makes the processor wait for the GPU."""
+    call()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError:
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return False
 
 
 def build(work: Work, device: str) -> Contest:
@@ -154,9 +170,7 @@ def _makers(
         return lambda: model(on, mask=given, return_embeddings=True)
 
     def onnxruntime() -> Call:
-        call = conversions.onnxruntime_bert(own, n_heads, ids)
-        given = keep.long()
-        return lambda: call(ids, given)
+        return conversions.onnxruntime_bert(own, n_heads, ids, keep.long())
 
     def ctranslate2(kind: str) -> Call:
         call = conversions.ctranslate2_bert(own, n_heads, kind, device)

@@ -45,9 +45,8 @@ def run(lengths: tuple[int, ...], settings: Settings) -> Outcome:
         models[HF] = weights.bert(own, n_heads).to(device)
     except ImportError:
         rows[HF].reason = "transformers is not installed"
-    fewer = settings._replace(rounds=min(settings.rounds, 5))
     for n in lengths:
-        for name, us in _one_length(models, n, n_tokens // n, sizes, fewer).items():
+        for name, us in _one_length(models, n, n_tokens // n, sizes, settings.fewer()).items():
             rows[name].points[str(n)] = us
     shortest = str(min(lengths))
     for n in map(str, lengths):

@@ -84,7 +84,7 @@ def page(files: Mapping[str, Mapping[str, Any]], image_folder: str) -> str:
         ))  # fmt: skip
         texts.append(_ahead(found))
         texts.append(_all_figures(name, found, image_folder))
-    if not any(name.endswith("--cuda") for name in files):
+    if all(not name.endswith("--cuda") for name in files):
         texts.append(NO_GPU)
     return "\n".join([*texts, ENDING])
 
@@ -110,6 +110,12 @@ def asked_lines(found: Mapping[str, Any]) -> Iterator[Line]:
                 yield Line(
                     name, "limit of matrix products", f"at least {ASKED_SHARE:.2f}",
                     f"{share:.2f}", share >= ASKED_SHARE,
+                )  # fmt: skip
+            waits = work["about"].get("waits for the GPU")
+            if waits is not None:
+                yield Line(
+                    name, "synchronisation with the GPU", "none", "some" if waits else "none",
+                    not waits,
                 )  # fmt: skip
             over = work["about"].get("largest_over_expected")
             if over is not None:

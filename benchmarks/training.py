@@ -33,7 +33,7 @@ def cases(settings: Settings) -> list[Case]:
 
 def run(work: Work, settings: Settings) -> Outcome:
     """Measure one workload."""
-    return hold(build(work, settings.device), settings)
+    return hold(build(work, settings.device), settings.fewer())
 
 
 def build(work: Work, device: str) -> Contest:
