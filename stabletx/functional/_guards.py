@@ -19,6 +19,7 @@ from einops import reduce, repeat
 from torch import Tensor
 
 from stabletx._precision import is_sixteen_bit
+from stabletx.functional._magnitude import extremes
 from stabletx.functional._problem import Problem
 from stabletx.functional._sight import Sight, is_traced, values_may_be_read
 
@@ -43,9 +44,7 @@ def repeat_heads(x: Tensor, n_heads: int) -> Tensor:  # (b, g, ...) -> (b, h, ..
 
 def _largest(x: Tensor) -> float:
     """Give the largest magnitude; NaN where there is one."""
-    if not x.numel():
-        return 0.0
-    low, high = (float(end) for end in torch.aminmax(x.detach()))
+    low, high = extremes(x) if x.numel() else (0.0, 0.0)
     return max(-low, high) if low == low else low
 
 

@@ -1,15 +1,17 @@
-"""Linear maps through oneDNN with a weight that is laid out once, for inference on a CPU.
+"""Linear maps with a weight that is laid out once as a kernel reads it, for inference on a CPU.
 
-oneDNN reads a weight fastest in an order of its own. Torch offers that without autograd and as a
-private operation, so the plain way is always there, and every doubt is settled in its favour. On
-some processors it is slower: each kind of call is timed once in a process, see :func:`_is_faster`.
+Two ways besides torch's own. oneDNN reads a weight fastest in an order of its own; torch offers
+that without autograd and as a private operation. And for one row a transposed weight is read in
+the order in which it lies. Which is fastest depends on the processor and the shape, so each kind
+of call is timed once in a process, see :func:`_fastest`; every doubt is settled for the plain way.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple, final
+from functools import partial
+from typing import Literal, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -20,18 +22,21 @@ from stabletx.functional.activations import gelu
 
 # oneDNN streams a weight as fast for four rows as for one, with a better kernel; measured.
 FEWEST_ROWS = 4
-_ROWS_TIMED = 128
+_ROWS_TIMED, _TURNS = 128, 4
+_MANY = 32  # rows; below, reading the weight takes longer than multiplying by it
+_CACHE = 2**25  # bytes
 # Entries of a weight that are looked at in each call, along each axis.
 _PROBES = 16
 
+Way = Literal["plain", "onednn", "transposed"]
 _Kind = tuple[torch.dtype, torch.Size, int, bool, int]
-_faster: dict[_Kind, bool] = {}
+_found: dict[_Kind, Way] = {}
 
 
 class _State(NamedTuple):
-    """A packed weight, and what it was packed from."""
+    """A weight as it is wanted, once it was, and what it was made from."""
 
-    packed: Tensor
+    packed: dict[Way, Tensor]
     # Keeps the memory that was packed, so that no other weight can come to lie at its address.
     source: Tensor
     version: int
@@ -54,7 +59,7 @@ class _State(NamedTuple):
 
 @final
 class Prepacked:
-    """One weight in oneDNN's order, packed when first used and again whenever it has changed.
+    """One weight in other orders, made when first used and again whenever it has changed.
 
     A copy holds nothing and packs anew.
     """
@@ -80,36 +85,41 @@ class Prepacked:
     ) -> Tensor | None:  # (..., f)
         """Give ``x @ weight.T + bias``, its GELU if asked; None where the plain way is due.
 
-        ``always`` leaves out the question which is faster, but not whether oneDNN can.
+        ``always`` takes oneDNN wherever it can, whether it is faster or not.
         """
         if not can_prepack(x, weight, bias):
             return None
-        if not always and not self._pays(x, weight, bias, then_gelu):
+        way = "onednn" if always else self._way(x, weight, bias, then_gelu)
+        if way == "plain":
             return None
-        out = _multiply(x, self._packed(weight), bias, then_gelu)
+        out = _multiply(x, way, self._packed(weight, way), bias, then_gelu)
         # In 16 bits oneDNN's GELU doubles its input first. A finite sum proves every entry finite.
         if then_gelu and is_sixteen_bit(out.dtype) and not bool(out.sum().isfinite()):
             return None
         return out
 
-    def _pays(self, x: Tensor, weight: Tensor, bias: Tensor | None, then_gelu: bool) -> bool:
+    def _way(self, x: Tensor, weight: Tensor, bias: Tensor | None, then_gelu: bool) -> Way:
         if torch.are_deterministic_algorithms_enabled():
-            return False
-        kind = _kind(weight, x.numel() // x.shape[-1], then_gelu)
-        known = _faster.get(kind)
-        if known is None:
-            x = x.reshape(-1, x.shape[-1])
-            known = _is_faster(x, weight, self._packed(weight), bias, then_gelu)
-            _faster[kind] = known
-            if not known:
-                self.forget()
-        return known
+            return "plain"
+        n_rows = x.numel() // x.shape[-1]
+        kind = _kind(weight, n_rows, then_gelu)
+        way = _found.get(kind)
+        if way is None:
+            ways: tuple[Way, ...] = ("onednn",)
+            if n_rows == 1 and weight.dtype == torch.float32:
+                ways = ("onednn", "transposed")
+            packed = {way: _pack(weight, way) for way in ways}
+            x = x.reshape(-1, x.shape[-1])[:_ROWS_TIMED]
+            way = _found[kind] = _fastest(x, weight, packed, bias, then_gelu)
+        return way
 
-    def _packed(self, weight: Tensor) -> Tensor:
+    def _packed(self, weight: Tensor, way: Way) -> Tensor:
         state = self._state
         if state is None or not state.is_of(weight):
-            state = self._state = _pack(weight)
-        return state.packed
+            state = self._state = _observe(weight)
+        if way not in state.packed:
+            state.packed[way] = _pack(weight, way)
+        return state.packed[way]
 
 
 def can_prepack(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -137,7 +147,7 @@ def can_prepack(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 def _has_onednn(dtype: torch.dtype) -> bool:
     operations = torch.ops.mkldnn
     return (
-        torch.backends.mkldnn.is_available()
+        torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and torch._C._get_mkldnn_enabled()
         and hasattr(operations, "_linear_pointwise")
         and hasattr(operations, "_reorder_linear_weight")
@@ -145,22 +155,35 @@ def _has_onednn(dtype: torch.dtype) -> bool:
     )
 
 
-def _pack(weight: Tensor) -> _State:
+def _observe(weight: Tensor) -> _State:
     with torch.no_grad():
         source = weight.detach()
-        packed = torch.ops.mkldnn._reorder_linear_weight(source.contiguous())
         steps = [max(1, size // _PROBES) for size in source.shape]
         seen = source[:: steps[0], :: steps[1]]
-        return _State(packed, source, weight._version, seen, seen.clone())
+        return _State({}, source, weight._version, seen, seen.clone())
 
 
-def _multiply(x: Tensor, packed: Tensor, bias: Tensor | None, then_gelu: bool) -> Tensor:
+def _pack(weight: Tensor, way: Way) -> Tensor:
+    with torch.no_grad():
+        weight = weight.detach()
+        if way == "transposed":
+            return weight.t().contiguous()
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+        return packed
+
+
+def _multiply(x: Tensor, way: Way, packed: Tensor, bias: Tensor | None, then_gelu: bool) -> Tensor:
     n_rows = x.numel() // x.shape[-1]
-    after = ("gelu", [], "none") if then_gelu else ("none", [], "")
+    if way == "transposed":
+        rows = x.reshape(n_rows, -1)
+        out = rows @ packed if bias is None else torch.addmm(bias, rows, packed)
+        out = out.view(*x.shape[:-1], out.shape[-1])
+        return gelu(out) if then_gelu else out
+    after: tuple[object, ...] = ("gelu", [], "none") if then_gelu else ("none", [], "")
     multiply = torch.ops.mkldnn._linear_pointwise
     if n_rows >= FEWEST_ROWS:
-        out: Tensor = multiply(x, packed, bias, *after)
-        return out
+        many: Tensor = multiply(x, packed, bias, *after)
+        return many
     rows = nn.functional.pad(x.reshape(n_rows, -1), (0, 0, 0, FEWEST_ROWS - n_rows))
     few: Tensor = multiply(rows, packed, bias, *after)[:n_rows]
     return few.view(*x.shape[:-1], few.shape[-1])
@@ -168,34 +191,36 @@ def _multiply(x: Tensor, packed: Tensor, bias: Tensor | None, then_gelu: bool) -
 
 def _kind(weight: Tensor, n_rows: int, then_gelu: bool) -> _Kind:
     # One token, a few (decoding), or many.
-    size = 0 if n_rows == 1 else 1 if n_rows < 32 else 2
+    size = 0 if n_rows == 1 else 1 if n_rows < _MANY else 2
     return weight.dtype, weight.shape, size, then_gelu, torch.get_num_threads()
 
 
-def _is_faster(
+def _fastest(
     x: Tensor,  # (n, m)
     weight: Tensor,
-    packed: Tensor,
+    packed: dict[Way, Tensor],
     bias: Tensor | None,
     then_gelu: bool,
-) -> bool:
-    """Time both ways turn by turn on some rows; the shortest of each counts."""
-    x = x[:_ROWS_TIMED]
+) -> Way:
+    """Time every way turn by turn on some rows; the shortest time of each counts."""
 
     def plainly() -> Tensor:
         out = nn.functional.linear(x, weight, bias)
         return gelu(out) if then_gelu else out
 
-    def prepacked() -> Tensor:
-        return _multiply(x, packed, bias, then_gelu)
+    ways: dict[Way, Callable[[], Tensor]] = {"plain": plainly}
+    for way, laid_out in packed.items():
+        ways[way] = partial(_multiply, x, way, laid_out, bias, then_gelu)
+    # A step of decoding reads every weight once, so it finds none of them in the cache.
+    other = torch.zeros(_CACHE // 4 if len(x) < _MANY else 0)
+    for call in ways.values():
+        call()
+    turns = [{way: _seconds(call, other) for way, call in ways.items()} for _ in range(_TURNS)]
+    return min(ways, key=lambda way: min(turn[way] for turn in turns))
 
-    plainly()
-    prepacked()
-    times = [(_seconds(prepacked), _seconds(plainly)) for _ in range(3)]
-    return min(ours for ours, _ in times) < min(plain for _, plain in times)
 
-
-def _seconds(call: Callable[[], object]) -> float:
+def _seconds(call: Callable[[], object], other: Tensor) -> float:
+    other.add_(1)
     start = time.perf_counter()
     call()
     return time.perf_counter() - start

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import final
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from stabletx import _checks
+from stabletx.functional._one_query import attend_one_query
 from stabletx.functional.attention import Method, attention
 from stabletx.functional.packed import packed_attention
 from stabletx.functional.positions import rotate
@@ -159,25 +161,37 @@ class MultiHeadAttention(nn.Module):
         else:
             if context is None:
                 q, k, v = self._rotated(*self._project(x), rotation)
-                q, k, v = (rearrange(a, "b t h d -> b h t d") for a in (q, k, v))
+                q, k, v = (a.transpose(1, 2) for a in (q, k, v))  # (b, h, t, d)
                 k, v = (k, v) if cache is None else cache.append(k, v)
             else:
                 _checks.check_all_none({"rotation": rotation}, "context", "Rotate neither.")
                 q, k, v = self._cross(x, context, cache)
             mask = self._joined(mask, q.shape[2], is_self=context is None)
-            out = attention(
-                q, k, v, mask=mask, bias=bias, scale=self.scale,
-                dropout_p=self.dropout_p, training=self.training, method=self.method,
-            )  # fmt: skip
-            out = rearrange(out, "b h t d -> b t h d")
-        projected: Tensor = self.out(rearrange(out, "... h d -> ... (h d)"))
+            seen = None
+            if cache is not None and bias is None and self._takes_one_query(q):
+                longest_key, longest_value = cache.longest()
+                seen = attend_one_query(
+                    q, k, v, mask=mask, scale=self.scale,
+                    longest_key=longest_key, longest_value=longest_value,
+                )  # fmt: skip
+            if seen is None:
+                seen = attention(
+                    q, k, v, mask=mask, bias=bias, scale=self.scale,
+                    dropout_p=self.dropout_p, training=self.training, method=self.method,
+                )  # fmt: skip
+            out = seen.transpose(1, 2)
+        projected: Tensor = self.out(out.flatten(-2))
         return projected
+
+    def _takes_one_query(self, q: Tensor) -> bool:
+        is_inference = not (torch.is_grad_enabled() or self.training)
+        return q.shape[2] == 1 and self.method == "auto" and is_inference
 
     def _widths(self) -> list[int]:
         return [n * self.head_dim for n in (self.n_heads, self.n_kv_heads, self.n_kv_heads)]
 
     def _heads(self, x: Tensor) -> Tensor:  # (..., n * d) -> (..., n, d)
-        return rearrange(x, "... (h d) -> ... h d", d=self.head_dim)
+        return x.view(*x.shape[:-1], x.shape[-1] // self.head_dim, self.head_dim)
 
     def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         if self.q_norm is None or self.k_norm is None:

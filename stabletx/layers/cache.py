@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from stabletx import _checks
+from stabletx.functional._one_query import longest_rows
 from stabletx.layers import _layer_checks
 
 
@@ -45,11 +46,12 @@ class KeyValueCache:
         for name, size in (("n_kv_heads", n_kv_heads), ("head_dim", head_dim)):
             _checks.check_positive(name, size)
         _checks.check_positive("capacity", capacity)
-        shape = (batch_size, n_kv_heads, capacity, head_dim)
+        shape = (2, batch_size, n_kv_heads, capacity, head_dim)
         # Never read before it is written, so that old memory cannot matter.
-        self._k = torch.empty(shape, dtype=dtype, device=device)
-        self._v = torch.empty_like(self._k)
-        self.length = 0
+        self._both = torch.empty(shape, dtype=dtype, device=device)
+        self._k, self._v = self._both.unbind(0)
+        self.length = self._n_seen = 0
+        self._longest = (0.0, 0.0)
 
     @property
     def capacity(self) -> int:
@@ -71,15 +73,8 @@ class KeyValueCache:
             TypeError: if the dtype differs.
             RuntimeError: if they want a gradient, which a cache cannot carry.
         """
-        b, g, _, d = self._k.shape
-        for name, x in (("k", k), ("v", v)):
-            _checks.check_axes(name, x, "b g t d")
-            _checks.check_same("batch size", name, x.shape[0], "cache", b)
-            _checks.check_same("number of heads", name, x.shape[1], "cache", g)
-            _checks.check_same("head dim", name, x.shape[3], "cache", d)
-            _checks.check_same("dtype", name, x.dtype, "cache", self._k.dtype)
-            _checks.check_same("device", name, x.device, "cache", self._k.device)
-        _checks.check_same("number of tokens", "v", v.shape[2], "k", k.shape[2])
+        if not (k.shape == v.shape and self._fits(k) and self._fits(v)):
+            self._refuse(k, v)
         if k.requires_grad or v.requires_grad:
             _layer_checks.check_no_gradient("a KeyValueCache")
         end = self.length + k.shape[2]
@@ -90,13 +85,47 @@ class KeyValueCache:
         self.length = end
         return self.read()
 
+    def _fits(self, x: Tensor) -> bool:
+        kept = self._k
+        return (
+            x.ndim == 4
+            and x.shape[:2] == kept.shape[:2]
+            and x.shape[3] == kept.shape[3]
+            and x.dtype == kept.dtype
+            and x.device == kept.device
+        )
+
+    def _refuse(self, k: Tensor, v: Tensor) -> None:
+        b, g, _, d = self._k.shape
+        for name, x in (("k", k), ("v", v)):
+            _checks.check_axes(name, x, "b g t d")
+            _checks.check_same("batch size", name, x.shape[0], "cache", b)
+            _checks.check_same("number of heads", name, x.shape[1], "cache", g)
+            _checks.check_same("head dim", name, x.shape[3], "cache", d)
+            _checks.check_same("dtype", name, x.dtype, "cache", self._k.dtype)
+            _checks.check_same("device", name, x.device, "cache", self._k.device)
+        _checks.check_same("number of tokens", "v", v.shape[2], "k", k.shape[2])
+
     def read(self) -> tuple[Tensor, Tensor]:
         """Give the keys and values so far, as views."""
         return self._k[:, :, : self.length], self._v[:, :, : self.length]
 
+    def longest(self) -> tuple[float, float]:
+        """Give the largest norm of a key and of a value so far; inf where one is not finite.
+
+        Each token is looked at once, so write to the memory through :meth:`append` alone.
+        """
+        if self._n_seen < self.length:
+            new = self._both[:, :, :, self._n_seen : self.length]
+            found = longest_rows(new) if new.numel() else [0.0, 0.0]
+            self._longest = (max(self._longest[0], found[0]), max(self._longest[1], found[1]))
+            self._n_seen = self.length
+        return self._longest
+
     def reset(self) -> None:
         """Forget everything; the memory is kept."""
-        self.length = 0
+        self.length = self._n_seen = 0
+        self._longest = (0.0, 0.0)
 
     def __repr__(self) -> str:
         held = f"{self.length} of {self.capacity} tokens"

@@ -12,6 +12,7 @@ from stabletx._precision import compute_dtype
 from stabletx.functional.activations import gelu
 from stabletx.functional.softmax import softmax
 from stabletx.layers._init import init_linear
+from stabletx.layers._prepacked import Prepacked
 from stabletx.layers.normalization import NormKind, NormSettings, make_norm
 from stabletx.packing import Packed, Plan
 
@@ -260,6 +261,7 @@ class LanguageHead(nn.Module):
         self.weight = None if is_tied else nn.Parameter(torch.empty(vocab_size, width))
         self.bias = nn.Parameter(torch.empty(vocab_size)) if has_bias else None
         self.scale = scale
+        self._prepacked = Prepacked()  # as for Linear
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -276,7 +278,8 @@ class LanguageHead(nn.Module):
         if self.scale != 1.0:
             x = x * self.scale
         weight = table if self.weight is None else self.weight
-        return nn.functional.linear(x, weight, self.bias)
+        out = None if self.training else self._prepacked.apply(x, weight, self.bias)
+        return nn.functional.linear(x, weight, self.bias) if out is None else out
 
 
 def _first(x: Tensor, keep: Tensor | None) -> Tensor:  # (b, t, m) -> (b, m)

@@ -37,7 +37,7 @@ def packings(monkeypatch):
     """Count how often a weight is packed."""
     made = []
     pack = _prepacked._pack
-    monkeypatch.setattr(_prepacked, "_pack", lambda weight: made.append(1) or pack(weight))
+    monkeypatch.setattr(_prepacked, "_pack", lambda *a: made.append(1) or pack(*a))
     return made
 
 
@@ -85,6 +85,27 @@ def test_fused_gelu_is_as_close_to_the_exact_one_as_the_formula(dtype):
     assert torch.equal(made.forward_gelu(ends), ends.clamp(min=0.0))
     wild = torch.tensor([[torch.nan], [torch.inf], [-torch.inf], [1.0]]).to(dtype)
     assert made.forward_gelu(wild).isfinite().flatten().tolist() == [False] * 3 + [True]
+
+
+@pytest.mark.parametrize("way", ["plain", "onednn", "transposed"])
+@pytest.mark.parametrize("use_bias", [True, False])
+@torch.no_grad()
+def test_one_row_agrees_with_reference_by_whichever_way_was_fastest(monkeypatch, way, use_bias):
+    tried = []
+
+    def fastest(x, weight, packed, bias, then_gelu):
+        tried.extend(packed)
+        return way
+
+    monkeypatch.setattr(_prepacked, "_found", {})
+    monkeypatch.setattr(_prepacked, "_fastest", fastest)
+    made, x = linear(backend="auto", use_bias=use_bias), rows(1, 1, 48)
+    for _ in range(2):
+        assert_within(bound(made, x), made(x), expected(made, x))
+        made.weight.mul_(2)
+    assert_within(bound(made, x), made.forward_gelu(x), gelu(expected(made, x)))
+    assert tried == ["onednn", "transposed"] * 2
+    assert linear(backend="auto", dtype=torch.bfloat16)(x.bfloat16()).shape == (1, 1, 80)
 
 
 @has_onednn
@@ -202,8 +223,8 @@ def test_only_inference_is_prepacked(packings):
 @torch.no_grad()
 def test_choice_is_made_once_and_is_plain_when_determinism_is_asked(packings, monkeypatch):
     asked = []
-    monkeypatch.setattr(_prepacked, "_faster", {})
-    monkeypatch.setattr(_prepacked, "_is_faster", lambda *a: asked.append(1) or True)
+    monkeypatch.setattr(_prepacked, "_found", {})
+    monkeypatch.setattr(_prepacked, "_fastest", lambda *a: asked.append(1) or "onednn")
     made, x = linear(backend="auto"), rows(40, 48)
     plain = nn.functional.linear(x, made.weight, made.bias)
     torch.use_deterministic_algorithms(True)
@@ -218,7 +239,7 @@ def test_choice_is_made_once_and_is_plain_when_determinism_is_asked(packings, mo
     assert len(asked) == 1
     made(x[:1])
     assert len(asked) == 2
-    monkeypatch.setattr(_prepacked, "_faster", dict.fromkeys(_prepacked._faster, False))
+    monkeypatch.setattr(_prepacked, "_found", dict.fromkeys(_prepacked._found, "plain"))
     assert torch.equal(made(x), plain)
 
 
