@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,11 +34,20 @@ def bench(request: Request, say: Callable[[str], None]) -> Path:
 
     Raises:
         BenchmarkError: for an unknown part or device, a number that is not positive, or a wrong
-            answer of stabletx itself.
+            answer of stabletx itself; without matplotlib.
     """
     for name, value in (("threads", request.threads), ("rounds", request.rounds)):
         if value is not None and value < 1:
             raise BenchmarkError(f"{name} must be at least 1, got {name}={value}.")
+    if request.machine is not None and not re.fullmatch(r"[\w.-]+", request.machine):
+        raise BenchmarkError(
+            "machine must be of letters, digits, '.', '_' and '-', "
+            f"got machine={request.machine!r}."
+        )
+    if importlib.util.find_spec("matplotlib") is None:  # better said now than at the end
+        raise BenchmarkError(
+            "matplotlib must be installed, got none. Run: pip install 'stabletx[bench]'."
+        )
     if request.is_quick and request.folder is None:
         raise BenchmarkError(
             "quick must come with a folder of its own, got none. Its sizes are no results: "

@@ -1,7 +1,7 @@
 """Peak memory of one forward pass against length, each in a process of its own.
 
-``python -m benchmarks.memory IMPLEMENTATION LENGTH DEVICE`` prints the bytes that one pass of a
-layer of width 384 adds to what the model and its input hold.
+``python -m benchmarks.memory IMPLEMENTATION LENGTH DEVICE THREADS`` prints the MB that one pass of
+a layer of width 384 adds to what the model and its input hold, and those of the whole process.
 """
 
 from __future__ import annotations
@@ -40,10 +40,12 @@ def cases(settings: Settings) -> list[Case]:
 def run(lengths: dict[str, tuple[int, ...]], settings: Settings) -> Outcome:
     """Measure every implementation at its lengths."""
     rows = {name: Row() for name in (*lengths, EXPECTED)}
+    whole = 0.0
     for name, own in lengths.items():
         for n in own:
             try:
-                rows[name].points[str(n)] = _measured_mb(name, n, settings.device)
+                rows[name].points[str(n)], in_all = _measured_mb(name, n, settings.device)
+                whole = in_all if name == OURS else whole
             except ImportError as missing:
                 rows[name].reason = f"{missing.name} is not installed"
                 break
@@ -51,10 +53,11 @@ def run(lengths: dict[str, tuple[int, ...]], settings: Settings) -> Outcome:
     for n in sorted({n for own in lengths.values() for n in own}):
         share = n / most  # memory that is linear in the length, from the longest backwards
         rows[EXPECTED].points[str(n)] = share * rows[OURS].points[str(most)]
-    return Outcome(rows, {"width": WIDTH, "layers": 1, "largest_mb": rows[OURS].points[str(most)]})
+    about = {"width": WIDTH, "layers": 1, "longest": most, "process_mb_at_the_longest": whole}
+    return Outcome(rows, about)
 
 
-def _measured_mb(name: str, n: int, device: str) -> float:
+def _measured_mb(name: str, n: int, device: str) -> tuple[float, float]:
     command = [sys.executable, "-m", "benchmarks.memory", name, str(n), device]
     command.append(str(torch.get_num_threads()))
     root = Path(__file__).parent.parent
@@ -63,7 +66,8 @@ def _measured_mb(name: str, n: int, device: str) -> float:
         raise ImportError(name=done.stdout.strip())
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[1:])} failed: {done.stderr.strip()[-500:]}")
-    return float(done.stdout) / 2**20
+    added, whole = map(float, done.stdout.split())
+    return added, whole
 
 
 def _model(name: str, sizes: weights.Sizes) -> Any:
@@ -76,7 +80,7 @@ def _model(name: str, sizes: weights.Sizes) -> Any:
     return weights.bert(weights.of(ours), sizes.n_heads, attention=kind)
 
 
-def _added_bytes(name: str, n: int, device: str) -> int:
+def _added_and_whole_mb(name: str, n: int, device: str) -> tuple[float, float]:
     model = _model(name, weights.Sizes(WIDTH, 1, HEADS, n, vocab_size=100)).to(device)
     ids = torch.randint(1, 100, (1, n), device=device)
     with torch.inference_mode():
@@ -85,10 +89,12 @@ def _added_bytes(name: str, n: int, device: str) -> int:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             model(ids)
-            return torch.cuda.max_memory_allocated() - before
+            peak = torch.cuda.max_memory_allocated()
+            return (peak - before) / 2**20, peak / 2**20
         before = _peak_kib(restart=True)
         model(ids)
-        return 1024 * (_peak_kib() - before)
+        peak = _peak_kib()
+        return (peak - before) / 1024, peak / 1024
 
 
 def _peak_kib(*, restart: bool = False) -> int:
@@ -104,7 +110,7 @@ def _peak_kib(*, restart: bool = False) -> int:
 if __name__ == "__main__":
     torch.set_num_threads(int(sys.argv[4]))
     try:
-        print(_added_bytes(sys.argv[1], int(sys.argv[2]), sys.argv[3]))
+        print(*_added_and_whole_mb(sys.argv[1], int(sys.argv[2]), sys.argv[3]))
     except ImportError as missing:
         print(missing.name)
         sys.exit(3)

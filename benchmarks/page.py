@@ -18,6 +18,7 @@ from benchmarks.parts import PARTS
 
 DOCS = Path(__file__).parent.parent / "docs"
 ASKED_SHARE = 0.80  # of the measured float32 matrix-product limit, encoder inference
+ASKED_MB = 2048  # of a process that encodes 65,536 tokens at width 384
 COMMAND = "python -m benchmarks.page"
 
 INTRODUCTION = """\
@@ -116,6 +117,13 @@ def asked_lines(found: Mapping[str, Any]) -> Iterator[Line]:
                 yield Line(
                     name, "synchronisation with the GPU", "none", "some" if waits else "none",
                     not waits,
+                )  # fmt: skip
+            whole = work["about"].get("process_mb_at_the_longest")
+            if whole is not None:
+                n = work["about"]["longest"]
+                yield Line(
+                    f"memory of the process, {n:,} tokens, width {work['about']['width']}", "",
+                    f"at most {ASKED_MB:,} MB", f"{whole:,.0f} MB", whole <= ASKED_MB,
                 )  # fmt: skip
             over = work["about"].get("largest_over_expected")
             if over is not None:

@@ -92,6 +92,7 @@ def test_page_says_what_was_asked_who_is_ahead_and_that_no_gpu_was_used(measured
     text = (measured[0].parent / "speed.md").read_text()
     assert "| encoder, tiny-b2-n16-float32 | CTranslate2 | at most 0.85 |" in text
     assert "### Where a peer is ahead" in text
+    assert "| memory of the process, 1,024 tokens, width 384 |  | at most 2,048 MB |" in text
     assert "images/speed-mill--cpu-encoder.png" in text
     assert "**Not measured.**" in text
 
@@ -187,6 +188,7 @@ def test_a_file_that_is_no_results_file_is_not_written_over(tmp_path, text):
         (["--part", "speed"], "part must be one of encoder, .*, got part='speed'"),
         (["--rounds", "0"], "rounds must be at least 1, got rounds=0"),
         (["--threads", "-1"], "threads must be at least 1, got threads=-1"),
+        (["--machine", "../mill"], "machine must be of letters, .*, got machine='../mill'"),
         (["--quick"], "quick must come with a folder of its own"),
         pytest.param(
             ["--device", "cuda"],
