@@ -27,6 +27,10 @@ def pytest_configure(config):
         raise pytest.UsageError(
             "pytest-benchmark must be installed, got none. Run: pip install pytest-benchmark"
         )
+    for name in ("threads", "rounds"):
+        value = config.getoption(f"--{name}")
+        if value is not None and value < 1:
+            raise pytest.UsageError(f"{name} must be at least 1, got {name}={value}.")
     threads = config.getoption("--threads")
     if threads is not None:
         torch.set_num_threads(threads)
