@@ -111,7 +111,8 @@ def _read_config(folder: Path, architecture: str) -> TransformerConfig:
             raise ValueError(f"it holds a {type(values).__name__}, not an object")
         about = {name: values.pop(name, None) for name in _ABOUT}
         if about["model_type"] != "stabletx":
-            raise ValueError(f"its model_type is {about['model_type']!r}, not 'stabletx'")
+            what = f"its model_type is {about['model_type']!r}, not 'stabletx'"
+            raise ValueError(f"{what}, so stabletx.interop.checkpoints.load may read it")
         if about["architectures"] != [architecture]:
             raise ValueError(f"it describes {about['architectures']}, not [{architecture!r}]")
         return TransformerConfig.from_dict(values)

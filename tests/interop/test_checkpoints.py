@@ -15,7 +15,7 @@ from stabletx.models import (
     SequenceClassifier,
     TransformerConfig,
 )
-from tests.interop.checkpoint_judge import ENCODERS, HEADS, NAMES, batch, judging, tiny
+from tests.interop.checkpoint_judge import NAMES, batch, judging, tiny
 
 pytest.importorskip("transformers")
 LIMITS = {torch.float32: 1e-5, torch.float64: 1e-12}  # the figures that were asked for
@@ -77,19 +77,21 @@ def compare_gradients(theirs, ours, limit):
         assert (gradient - own[name].grad).abs().max() <= limit, name
 
 
-@pytest.mark.parametrize("name", [f + h for f in ENCODERS for h in HEADS] + ["GPT2LMHeadModel"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_saved_checkpoint_is_loaded_by_transformers(name, tmp_path):
     import transformers
 
     theirs = tiny(name)
     ours = load(stored(theirs, tmp_path / "theirs"))
     save(ours, tmp_path / "ours", family=theirs.config.model_type)
-    again, said = getattr(transformers, name).from_pretrained(
+    again, said = getattr(transformers, name.split("-")[0]).from_pretrained(
         tmp_path / "ours", output_loading_info=True
     )
     assert not any(said[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     ids, keep = batch(theirs.config.pad_token_id)
-    for a, b in zip(outputs(theirs, ids, keep), outputs(again.eval(), ids, keep), strict=True):
+    more = {"decoder_input_ids": ids} if isinstance(ours, EncoderDecoder) else {}
+    first, second = (outputs(x.eval(), ids, keep, **more) for x in (theirs, again))
+    for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
     for tensor, other in zip(
         ours.state_dict().values(), load(tmp_path / "ours").state_dict().values(), strict=True
@@ -97,15 +99,13 @@ def test_a_saved_checkpoint_is_loaded_by_transformers(name, tmp_path):
         assert torch.equal(tensor, other)
 
 
-def test_llama_is_saved_for_transformers(tmp_path):
-    import transformers
-
-    theirs = tiny("LlamaForCausalLM")
-    save(load(stored(theirs, tmp_path / "theirs")), tmp_path / "ours")
-    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "ours").eval()
-    ids, keep = batch()
-    for a, b in zip(outputs(theirs, ids, keep), outputs(again, ids, keep), strict=True):
-        assert torch.equal(a, b)
+def test_a_family_is_found_for_a_model_that_is_built_like_it(tmp_path):
+    for name in ("BertForMaskedLM", "ModernBertModel", "LlamaForCausalLM", "MarianMTModel"):
+        theirs = tiny(name)
+        save(load(stored(theirs, tmp_path / name)), tmp_path / "ours")
+        settings = json.loads((tmp_path / "ours" / "config.json").read_text())
+        assert settings["model_type"] == theirs.config.model_type
+        assert settings["architectures"] == [name]
 
 
 def test_save_refuses_what_no_family_can_express(tmp_path):
@@ -465,12 +465,37 @@ def test_settings_that_cannot_be_expressed_are_refused(name, changes, match, tmp
         load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "drop", "old"),
+    [
+        (
+            "ModernBertModel",
+            ("layer_types", "rope_parameters"),
+            {
+                "global_attn_every_n_layers": 3,
+                "global_rope_theta": 160000.0,
+                "local_rope_theta": 10000.0,
+            },
+        ),
+        ("LlamaForCausalLM", ("rope_parameters",), {"rope_theta": 10000.0, "rope_scaling": None}),
+        ("T5ForConditionalGeneration", ("scale_decoder_outputs",), {}),
+    ],
+)
+def test_settings_of_earlier_versions_mean_the_same(name, drop, old, tmp_path):
+    stored(tiny(name), tmp_path)
+    config = load(tmp_path).config
+    edit(tmp_path, drop=drop, **old)
+    assert load(tmp_path).config == config
+
+
 def test_model_must_be_one_that_the_family_fills(tmp_path):
     stored(tiny("BertModel"), tmp_path)
     with pytest.raises(
         ValueError, match=r"model must be one of SequenceClassifier, .* got .*Decoder"
     ):
         load(tmp_path, model=Decoder)
+    with pytest.raises(ValueError, match="labels must be None beside model=Encoder, got labels=n"):
+        load(tmp_path, model=Encoder, labels=("a", "b"))
 
 
 @pytest.mark.parametrize("name", ["GPT2LMHeadModel", "MistralForCausalLM"])

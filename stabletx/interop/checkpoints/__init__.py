@@ -136,8 +136,9 @@ def read(
     path, tensors = _files.read_tensors(folder)
     tensors = {_new_name(name): x for name, x in tensors.items()}
     if labels is not None:
+        _messages.check_is_classifier(model, SequenceClassifier)
         config = {**config, "id2label": dict(enumerate(labels)), "num_labels": len(labels)}
-        model = SequenceClassifier if model is None else model
+        model = SequenceClassifier
     try:
         conversion = convert(config, tensors, model=model, family=family)
     except (ValueError, TypeError) as error:
@@ -145,6 +146,7 @@ def read(
     if labels is not None:
         conversion = _with_own_classes(conversion, tensors, len(labels))
     read_names = {name for piece in conversion.pieces for name in piece.theirs}
+    read_names |= conversion.tied.keys()
     _messages.check_dtypes(path, {k: x for k, x in tensors.items() if k in read_names}, dtype)
     made, report = carry_out(conversion, tensors, ignore=ignore)
     lacking = {piece.ours for piece in conversion.pieces} - made.keys()

@@ -18,7 +18,7 @@ from stabletx.interop.checkpoints._names import (
 from stabletx.models import TransformerConfig
 from stabletx.models._storage import StoredModel
 
-_T5_KEYS = {
+T5_KEYS = {
     "vocab_size": "vocab_size",
     "d_model": "d_model",
     "n_layers": "num_layers",
@@ -26,7 +26,7 @@ _T5_KEYS = {
     "d_ff": "d_ff",
     "d_head": "d_kv",
 }
-_MARIAN_KEYS = {
+MARIAN_KEYS = {
     "vocab_size": "vocab_size",
     "d_model": "d_model",
     "n_layers": "encoder_layers",
@@ -72,7 +72,7 @@ def _t5_config(config: Mapping[str, Any], names: Collection[str]) -> Transformer
     # The first T5 ties its head and scales the scores; 1.1 does neither, and newer writers of its
     # settings call the head tied all the same and leave out one that is.
     scales = config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True))
-    values = settings(config, _T5_KEYS)
+    values = settings(config, T5_KEYS)
     return TransformerConfig(
         **values,
         n_decoder_layers=config.get("num_decoder_layers"),
@@ -147,7 +147,7 @@ def convert_marian(
 
 
 def _marian_config(config: Mapping[str, Any], names: Collection[str]) -> TransformerConfig:
-    values = settings(config, _MARIAN_KEYS)
+    values = settings(config, MARIAN_KEYS)
     _messages.check_setting(config, "decoder_attention_heads", (values["n_heads"],))
     _messages.check_setting(config, "decoder_ffn_dim", (values["d_ff"],))
     _messages.check_setting(config, "decoder_vocab_size", (None, values["vocab_size"]))

@@ -77,6 +77,12 @@ def refuse_model(family: str, model: type, supported: Collection[type]) -> NoRet
     raise ValueError(must("model", f"be one of {listed} for {family}", model.__name__))
 
 
+def check_is_classifier(model: type | None, kind: type) -> None:
+    """Refuse names of classes for a model that has none."""
+    if model not in (None, kind):
+        raise ValueError(must("labels", f"be None beside model={model.__name__}", "names of classes"))
+
+
 def check_dtype(dtype: object) -> None:
     """Refuse a dtype that no model of ours computes in."""
     if dtype is not None and dtype not in DTYPES:

@@ -14,10 +14,12 @@ from stabletx.interop.checkpoints import _messages
 from stabletx.interop.checkpoints._bert_like import DISTILBERT_KEYS, KEYS
 from stabletx.interop.checkpoints._conversion import Conversion
 from stabletx.interop.checkpoints._decoders import GPT2_KEYS
+from stabletx.interop.checkpoints._encoder_decoders import MARIAN_KEYS, T5_KEYS
 from stabletx.interop.checkpoints._families import FAMILIES, convert
 from stabletx.models import (
     Decoder,
     Encoder,
+    EncoderDecoder,
     SequenceClassifier,
     TransformerConfig,
     _model_checks,
@@ -35,12 +37,12 @@ def save(model: StoredModel, folder: str | Path, *, family: str | None = None) -
 
     Args:
         model: an Encoder, a SequenceClassifier or a MaskedLanguageModel that is built like one of
-            the families; a Decoder built like GPT-2 or Llama.
+            the families; a Decoder built like GPT-2, Llama or Mistral; an EncoderDecoder built
+            like T5 or Marian.
         folder: made if need be; its ``config.json`` and ``model.safetensors`` are replaced, each
             whole or not at all.
-        family: "bert", "roberta", "distilbert", "electra", "albert", "mpnet", "modernbert", "gpt2"
-            or "llama"; None takes the first that expresses the model exactly. A bare RoBERTa
-            encoder is also a BERT, so name it.
+        family: as in ``model_type``; None takes the first that expresses the model exactly. A
+            bare RoBERTa encoder is also a BERT, so name it.
 
     Raises:
         TypeError: if it is not a model.
@@ -92,7 +94,7 @@ def _described(model: StoredModel, family: str | None) -> tuple[dict[str, Any], 
 def _read(config: TransformerConfig, model: type[StoredModel]) -> dict[str, Any]:
     """Give the settings that a model of this class reads, with defaults written out."""
     values = asdict(config)
-    unread = ["bos_id", "eos_id"]
+    unread = [] if model in (Decoder, EncoderDecoder) else ["bos_id", "eos_id"]
     if model is not SequenceClassifier:
         unread += ["labels", "n_classes", "pooling"]
     if model is Encoder:
@@ -108,6 +110,7 @@ def _read(config: TransformerConfig, model: type[StoredModel]) -> dict[str, Any]
     values["d_ff"] = config.d_ff or 4 * config.d_model
     values["n_kv_heads"] = config.n_kv_heads or config.n_heads
     values["d_head"] = config.head_dim
+    values["n_decoder_layers"] = config.n_layers_of_decoder
     values["embedding_norm"] = config.has_embedding_norm
     values["norm_eps"] = config.norm_eps or {"layer": 1e-5, "rms": 1e-6}[config.norm]
     return values
@@ -117,6 +120,10 @@ def _body_names(family: str, model: StoredModel) -> set[str]:
     """Give just those names that decide how the settings are read."""
     if type(model) is Decoder:
         return {"transformer.", "model."}
+    if type(model) is EncoderDecoder:
+        config = model.config
+        bias = {"final_logits_bias"} if config.head_bias else set()
+        return bias | (set() if config.tie_head else {"lm_head.weight"})
     pooler = {"albert": "pooler"}.get(family, "pooler.dense")
     prefix = "model." if family == "modernbert" else f"{family}."
     if type(model) is not Encoder:
@@ -240,6 +247,52 @@ def _llama(config: TransformerConfig) -> dict[str, Any]:
     }
 
 
+def _mistral(config: TransformerConfig) -> dict[str, Any]:
+    return {
+        **_llama(config),
+        "sliding_window": None if config.window is None else config.window + 1,
+    }
+
+
+def _t5(config: TransformerConfig) -> dict[str, Any]:
+    plain = {"relu": "relu", "gelu": "gelu", "silu": "silu", "gelu_tanh": "gelu_new"}
+    gated = {"geglu_tanh": "gated-gelu", "swiglu": "gated-silu"}
+    scales = config.logit_scale != 1.0
+    return {
+        **_shared(config, T5_KEYS),
+        **_ids(config),
+        "d_kv": config.head_dim,
+        "num_decoder_layers": config.n_layers_of_decoder,
+        "feed_forward_proj": {**plain, **gated}.get(config.activation),
+        "dropout_rate": config.dropout_p,
+        "layer_norm_epsilon": 1e-6 if config.norm_eps is None else config.norm_eps,
+        "relative_attention_num_buckets": config.relative_buckets,
+        "relative_attention_max_distance": config.relative_max_distance,
+        "decoder_start_token_id": config.bos_id,
+        "tie_word_embeddings": scales,
+        "scale_decoder_outputs": scales,
+    }
+
+
+def _marian(config: TransformerConfig) -> dict[str, Any]:
+    sizes = _shared(config, MARIAN_KEYS)
+    act = {"silu": "swish", "gelu_tanh": "gelu_new"}.get(config.activation, config.activation)
+    return {
+        **sizes,
+        **_ids(config),
+        "decoder_layers": config.n_layers_of_decoder,
+        "decoder_attention_heads": config.n_heads,
+        "decoder_ffn_dim": sizes["encoder_ffn_dim"],
+        "decoder_vocab_size": config.vocab_size,
+        "activation_function": act,
+        "dropout": config.dropout_p,
+        "attention_dropout": config.attention_dropout_p,
+        "scale_embedding": config.embedding_scale != 1.0,
+        "share_encoder_decoder_embeddings": config.share_embeddings,
+        "decoder_start_token_id": config.bos_id,
+    }
+
+
 _SETTINGS: dict[str, _Settings] = {
     "bert": _bert,
     "roberta": _roberta,
@@ -250,4 +303,7 @@ _SETTINGS: dict[str, _Settings] = {
     "modernbert": _modernbert,
     "gpt2": _gpt2,
     "llama": _llama,
+    "mistral": _mistral,
+    "t5": _t5,
+    "marian": _marian,
 }
