@@ -47,6 +47,35 @@ def test_swapped_import_saves_the_model():
     assert float(ours.split("accuracy ")[1].split(",")[0]) > 0.9
 
 
+def test_trainer_goes_on_where_it_stopped(tmp_path):
+    pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
+    options = ("--rows", "300", "--epochs", "2", "--folder", str(tmp_path / "run"))
+    said = run("fine_tune_with_trainer.py", *options)
+    assert "test accuracy: 0." in said
+    assert (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.nightly
+def test_exported_model_answers_alike(tmp_path):
+    options = ("--rows", "400", "--only", "float64,onnx", "--folder", str(tmp_path / "run"))
+    said = run("export_and_check.py", *options)
+    assert "ONNX Runtime says" in said
+    assert (tmp_path / "run" / "parity.png").exists()
+
+
+@pytest.mark.network
+@pytest.mark.nightly
+def test_fine_tuned_minilm_answers():
+    try:
+        load_named("rotten-tomatoes")
+        said = run(
+            "fine_tune_minilm.py", "--rows", "64", "--epochs", "1", "--max-len", "32", "fine"
+        )
+    except NetworkNeeded as error:
+        pytest.skip(str(error))
+    assert "accuracy: 0." in said
+
+
 @pytest.mark.network
 def test_sentiment_analysis_answers():
     try:

@@ -54,7 +54,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     Numerics: probabilities are float32 and sum to 1.
 
-    >>> texts = ["a good film", "a bad film"] * 20
+    >>> texts = [f"{word} film {i}" for i in range(20) for word in ("good", "bad")]
     >>> own = TextClassifier(epochs=2, max_len=8).fit(texts, ["pos", "neg"] * 20)
     >>> own.predict_proba(["a good film", ""]).shape
     (2, 2)
