@@ -1,7 +1,7 @@
 """stabletx as the attention of Hugging Face models: one call, and then a name.
 
 transformers asks two functions of a backend: :func:`attend` computes, and :func:`make_mask` says
-who may attend to whom. The mask is a boolean tensor, which models may slice and move as they like;
+who may attend to whom. The mask is a plain tensor, which models may slice and move as they like;
 a note on it holds the :class:`stabletx.Mask` that it was written from, so that padding and bands
 cost less. A tensor without the note, or changed since, is read as it stands.
 """
@@ -128,10 +128,11 @@ def make_mask(
     mask_function: _Rule | None = None,
     attention_mask: Tensor | None = None,  # (b, n) bool
     use_vmap: bool = False,
+    dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     config: Any = None,
     **others: Any,
-) -> Tensor:  # (b, 1, t, s) bool
+) -> Tensor:  # (b, 1, t, s)
     """Write the mask of a forward pass, as the mask function of a backend of transformers.
 
     Args:
@@ -143,46 +144,59 @@ def make_mask(
         mask_function: transformers' own rule of four indices; None is causal.
         attention_mask: True = a real token.
         use_vmap: whether the rule takes single indices only.
+        dtype: of a mask that is a float.
         device: where.
         config: of the model that asks.
         others: what concerns other backends.
 
     Returns:
-        True = may attend. It is never left out: without one, every query sees every key.
+        Bool, True = may attend, for models that transformers declares fit for such masks; for
+        others float, 0 or the most negative number, so that a layer that computes attention
+        itself reads it as it reads eager attention's. Never left out: without a mask, every query
+        sees every key.
 
     Raises:
-        ValueError: for a model whose attention does not ask its backend, and would misread this.
+        ValueError: for a model that would not use this attention at all.
     """
     from transformers import masking_utils
 
     is_compiling = torch.compiler.is_compiling()
-    if not is_compiling:
-        _check_asks_backend(type(config).__module__)
+    takes_booleans = not is_compiling and _takes_booleans(type(config).__module__)
     rule = masking_utils.causal_mask_function if mask_function is None else mask_function
     keep = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
     keep = None if keep is None else keep[:, kv_offset : kv_offset + kv_length]
     if keep is not None and values_may_be_read(keep) and bool(keep.all()):
-        keep = None  # nothing is padding
+        attention_mask = keep = None  # nothing is padding
 
     def written() -> Tensor:
-        if rule is masking_utils.bidirectional_mask_function:  # a view, which needs no memory
+        # Where padding is all there is, queries are alike and stay one, as a view without memory.
+        allowed: Any
+        if rule is masking_utils.bidirectional_mask_function:
             seen = torch.ones(1, 1, dtype=torch.bool, device=device) if keep is None else keep
-            return seen[:, None, None].expand(batch_size, 1, q_length, kv_length)
-        dense: Tensor | Any = masking_utils.sdpa_mask(
-            batch_size, q_length, kv_length, q_offset, kv_offset, rule, attention_mask,
-            allow_is_causal_skip=False, use_vmap=use_vmap, device=device,
-        )  # fmt: skip
-        return dense
+            allowed = seen[:, None, None]
+        else:
+            allowed = masking_utils.sdpa_mask(
+                batch_size, q_length, kv_length, q_offset, kv_offset, rule, attention_mask,
+                allow_is_causal_skip=False, use_vmap=use_vmap, device=device,
+            )  # fmt: skip
+        if not takes_booleans:
+            blocked = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=device)
+            allowed = torch.where(allowed, torch.zeros_like(blocked), blocked)
+        spread: Tensor = allowed.expand(batch_size, 1, q_length, kv_length)
+        return spread
 
     if is_compiling:
         return written()
     with torch.inference_mode(mode=False):  # a tensor made there does not count its changes
-        allowed: Tensor = written()
+        pairs = written()
     mask = _as_mask(rule, q_offset - kv_offset) if isinstance(q_offset, int) else None
     if mask is not None:
         mask = mask if keep is None else mask & Mask.padding(keep)
-        setattr(allowed, _NOTE, (mask, allowed._version))
-    return allowed
+    elif not takes_booleans:
+        mask = Mask.dense(pairs == 0)
+    if mask is not None:
+        setattr(pairs, _NOTE, (mask, pairs._version))
+    return pairs
 
 
 def _as_mask(rule: _Rule, offset: int) -> Mask | None:
@@ -240,14 +254,20 @@ def _alike(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, T
 
 
 @functools.cache
-def _check_asks_backend(module: str) -> None:
-    """Refuse a model of transformers that has an attention of its own and asks no backend."""
+def _takes_booleans(module: str) -> bool:
+    """Tell whether transformers declares a model fit for boolean masks, given its configuration's.
+
+    A model that has an attention of its own and asks no backend is refused.
+    """
     home = sys.modules.get(module.replace("configuration_", "modeling_"))
-    if home is None or hasattr(home, "ALL_ATTENTION_FUNCTIONS"):
-        return
-    for own in vars(home).values():
-        is_layer = inspect.isclass(own) and issubclass(own, nn.Module)
-        if is_layer and own.__module__ == home.__name__ and "Attention" in own.__name__:
+    if home is None:
+        return False
+    classes = [own for own in vars(home).values() if inspect.isclass(own)]
+    for own in classes:
+        is_layer = issubclass(own, nn.Module) and own.__module__ == home.__name__
+        asks = hasattr(home, "ALL_ATTENTION_FUNCTIONS")
+        if is_layer and "Attention" in own.__name__ and not asks:
             rule = f"be 'eager' for {own.__name__}, which asks no backend"
             instead = 'Load the model with attn_implementation="eager".'
             raise ValueError(must("attn_implementation", rule, "a backend", instead))
+    return any(getattr(own, "_supports_sdpa", False) for own in classes)

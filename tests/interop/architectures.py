@@ -212,7 +212,7 @@ def measure(architecture: Architecture) -> Row:
         )
     if not calls:
         return Row(architecture, refusal="runs on its own eager attention")
-    carries = ", ".join(_features(calls))
+    carries = ", ".join(_features(architecture, calls))
     n_calls = len(calls)
     exact = exact_gradient = rounding = 0.0
     for side in architecture_sides(architecture):
@@ -234,11 +234,13 @@ def architecture_sides(architecture: Architecture) -> tuple[str, ...]:
     return ("left",) if architecture.kind in ("vision", "speech") else ("left", "right")
 
 
-def _features(calls: list[dict[str, Any]]) -> Iterator[str]:
+def _features(architecture: Architecture, calls: list[dict[str, Any]]) -> Iterator[str]:
     names = {"softcap": "soft-cap", "s_aux": "sinks", "position_bias": "position bias"}
     for argument, name in names.items():
         if any(call.get(argument) is not None for call in calls):
             yield name
+    if len(calls) == 16 and "encoder-" in architecture.kind:
+        yield "its decoder alone"
     if any(call["queries"].shape[1] != call["keys"].shape[1] for call in calls):
         yield "grouped heads"
     if any(call.get("sliding_window") for call in calls):
@@ -392,6 +394,31 @@ ARCHITECTURES = [
     Architecture("BEiT", "BeitModel", "vision", _IMAGE),
     Architecture("Wav2Vec2", "Wav2Vec2Model", "speech", _SPEECH),
     Architecture("HuBERT", "HubertModel", "speech", _SPEECH),
+    _encoder("Splinter"),
+    _encoder("MarkupLM"),
+    _encoder("LayoutLM"),
+    _decoder("VaultGemma", layer_types=MIXED, attn_logit_softcapping=2.0, **_WINDOW),
+    Architecture(
+        "SwitchTransformers", "SwitchTransformersForConditionalGeneration", "encoder-decoder",
+        _T5 | {"num_experts": 4, "num_decoder_layers": 2, "router_jitter_noise": 0.0},
+    ),
+    Architecture("M2M100", "M2M100ForConditionalGeneration", "encoder-decoder", _PAIR),
+    Architecture(
+        "NLLB-MoE", "NllbMoeForConditionalGeneration", "encoder-decoder",
+        _PAIR | {"num_experts": 4, "expert_capacity": 64},
+    ),
+    # The encoders of these three compute attention themselves, and read our mask as eager's.
+    Architecture(
+        "LongT5", "LongT5ForConditionalGeneration", "encoder-decoder", _T5 | {"local_radius": 3}
+    ),
+    Architecture(
+        "PegasusX", "PegasusXForConditionalGeneration", "encoder-decoder",
+        _PAIR | {"block_size": 4, "num_global_tokens": 4},
+    ),
+    Architecture(
+        "BigBirdPegasus", "BigBirdPegasusForConditionalGeneration", "encoder-decoder",
+        _PAIR | {"attention_type": "original_full"},
+    ),
     _encoder("MPNet", cannot=_OWN),
     _encoder("Deberta", cannot=_OWN),
     _encoder("XLNet", d_head=8, cannot=_OWN),

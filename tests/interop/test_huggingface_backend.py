@@ -18,6 +18,7 @@ from tests.interop.architectures import ARCHITECTURES, KeepDouble, output  # noq
 from tests.interop.checkpoint_weights import MINILM, lay_out  # noqa: E402
 
 transformers.logging.set_verbosity_error()
+_ = transformers.BertModel, transformers.LlamaModel  # declare what masks they take
 NAMED = {architecture.name: architecture for architecture in ARCHITECTURES}
 
 
@@ -81,8 +82,13 @@ RULES = {
 }
 
 
-@given(data=st.data(), rule=st.sampled_from(sorted(RULES)), is_padded=st.booleans())
-def test_make_mask_says_what_transformers_says(data, rule, is_padded):
+@given(
+    data=st.data(),
+    rule=st.sampled_from(sorted(RULES)),
+    is_padded=st.booleans(),
+    takes_booleans=st.booleans(),
+)
+def test_make_mask_says_what_transformers_says(data, rule, is_padded, takes_booleans):
     n, t, s, width, q_offset, kv_offset = (
         data.draw(st.integers(low, high), label=label)
         for low, high, label in (
@@ -99,9 +105,13 @@ def test_make_mask_says_what_transformers_says(data, rule, is_padded):
         "kv_offset": kv_offset, "mask_function": make(width, n),
         "attention_mask": keep if is_padded else None,
     }  # fmt: skip
+    config = transformers.BertConfig() if takes_booleans else None
     expected = masking_utils.sdpa_mask(**arguments, allow_is_causal_skip=False)
-    actual = huggingface.make_mask(**arguments)
-    assert torch.equal(actual, expected)
+    actual = huggingface.make_mask(**arguments, config=config, dtype=torch.float64)
+    if takes_booleans:
+        assert torch.equal(actual, expected)
+    else:
+        assert torch.equal(actual, masking_utils.eager_mask(**arguments, dtype=torch.float64))
     mask, bias = huggingface._read_mask(actual)
     assert bias is None
     assert torch.equal(mask.to_dense(t, s).expand(n, 1, t, s), expected)
@@ -110,13 +120,14 @@ def test_make_mask_says_what_transformers_says(data, rule, is_padded):
 
 @pytest.mark.parametrize("inference", [False, True])
 def test_a_mask_that_a_model_changes_is_read_as_it_stands(inference):
+    config = transformers.LlamaConfig()
     with torch.inference_mode(inference):
-        allowed = huggingface.make_mask(1, 3, 3)
+        allowed = huggingface.make_mask(1, 3, 3, config=config)
         assert repr(huggingface._read_mask(allowed)[0]) == "Mask.causal(offset=0)"
         allowed[0, 0, 2, 0] = False
         assert repr(huggingface._read_mask(allowed)[0]).startswith("Mask.dense")
         assert not huggingface._read_mask(allowed)[0].to_dense(3, 3)[0, 0, 2, 0]
-        part = huggingface.make_mask(1, 3, 3)[..., :2]
+        part = huggingface.make_mask(1, 3, 3, config=config)[..., :2]
         assert huggingface._read_mask(part)[0].to_dense(3, 2).shape == (1, 1, 3, 2)
 
 
@@ -160,7 +171,7 @@ def test_a_query_without_a_key_gets_zero_where_eager_gives_the_mean_of_the_value
     layer = torch.nn.Module()
     layer.num_key_value_groups = 1
     keep = torch.tensor([[True, True, True], [False, False, False]])
-    allowed = huggingface.make_mask(2, 3, 3, attention_mask=keep)
+    allowed = huggingface.make_mask(2, 3, 3, attention_mask=keep, config=transformers.LlamaConfig())
     out, weights = huggingface.attend(layer, q, k, v, allowed, output_attentions=True)
     assert (out[1] == 0).all()
     assert (weights[1] == 0).all()
@@ -351,7 +362,7 @@ def test_what_the_backend_cannot_read_is_refused(argument):
         huggingface.attend(torch.nn.Module(), x, x, x, None, **{argument: object()})
 
 
-def test_a_model_that_asks_no_backend_is_refused_before_it_misreads_the_mask():
+def test_a_model_that_asks_no_backend_is_refused():
     model = build("MPNet")
     with pytest.raises(ValueError, match="be 'eager' for MPNetSelfAttention"):
         model(input_ids=torch.tensor([[3, 4]]))
