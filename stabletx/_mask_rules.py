@@ -230,7 +230,7 @@ class Dense(Rule):
         for axis, index, size, what in ((2, rows, t, "queries"), (3, cols, s, "keys")):
             if allowed.shape[axis] != 1:
                 _checks.check_mask_width("allowed", allowed.shape[axis], what, size)
-                if len(index) != size:
+                if index.shape[0] != size:  # len() would fix an open axis
                     allowed = allowed.index_select(axis, index)
         return allowed
 

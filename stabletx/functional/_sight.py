@@ -77,6 +77,9 @@ class Sight:
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor | None]]:
         cols = torch.arange(self.s, device=self.device)
+        if is_traced():  # a loop would fix the length; what is traced writes out all pairs anyway
+            yield slice(0, self.t), self.tile(slice(0, self.t), cols)
+            return
         for start in range(0, self.t, ROWS_AT_ONCE):
             rows = slice(start, min(start + ROWS_AT_ONCE, self.t))
             yield rows, self.tile(rows, cols)

@@ -189,6 +189,18 @@ def test_program_keeps_the_dtype_of_a_model_and_leaves_it_as_it_was():
     assert (actual - expected).abs().max() <= 1e-12  # what the project promises in float64
 
 
+def test_windows_and_relative_biases_leave_the_axes_open():
+    model = model_of(window=3, relative_buckets=8, n_token_types=2)
+    program = export.exported_program(model).module()
+    for shape in SHAPES:
+        ids, keep = batch(*shape)
+        with torch.inference_mode():
+            actual, expected = program(ids, keep), model(ids, keep).logits
+            again = program(with_garbage(ids, keep), keep)
+        assert (actual - expected).abs().max() <= PARITY
+        assert torch.equal(actual, again)
+
+
 def test_exported_attention_is_torchs_own_unless_the_exact_one_is_asked_for():
     class Attend(torch.nn.Module):
         def forward(self, q, k, v, bias, keep):
