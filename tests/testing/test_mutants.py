@@ -75,5 +75,8 @@ def test_a_kernel_in_base_two_is_held_to_what_it_states(is_stated):
 @pytest.mark.parametrize("seed", range(100))
 def test_correct_attentions_are_not_flagged_over_seeds(seed):
     for fn in CORRECT:
-        report = check_attention(fn, effort="quick", seed=1000 + seed)
+        # The time limit is for what hangs; a busy machine must not look like that.
+        report = check_attention(
+            fn, effort="quick", max_examples=2, seed=1000 + seed, time_limit_seconds=600
+        )
         assert report.passed, str(report)
