@@ -26,7 +26,7 @@ _ROWS_TIMED, _TURNS = 128, 4
 _MANY = 32  # rows; below, reading the weight takes longer than multiplying by it
 _CACHE = 2**25  # bytes
 # Entries of a weight that are looked at in each call, along each axis.
-_PROBES = 16
+_PROBES = 4
 
 Way = Literal["plain", "onednn", "transposed"]
 _Kind = tuple[torch.dtype, torch.Size, int, bool, int]

@@ -82,6 +82,7 @@ class EncoderBlock(nn.Module):
         attention_scale: factor on the products; None takes ``d_head ** -0.5``.
         dropout_p: probability for the two branches.
         attention_dropout_p: probability for attention weights; leaves the fused kernel.
+        recompute_feed_forward: save memory while training; see :class:`FeedForward`.
         method: as in :func:`stabletx.attention`.
 
     >>> EncoderBlock(16, 4)(torch.zeros(2, 5, 16)).shape
@@ -105,6 +106,7 @@ class EncoderBlock(nn.Module):
         attention_scale: float | None = None,
         dropout_p: float = 0.0,
         attention_dropout_p: float = 0.0,
+        recompute_feed_forward: bool = False,
         method: Method = "auto",
     ) -> None:
         super().__init__()
@@ -112,7 +114,10 @@ class EncoderBlock(nn.Module):
             d_model, n_heads, n_kv_heads=n_kv_heads, d_head=d_head, qk_norm=qk_norm,
             use_bias=use_bias, scale=attention_scale, dropout_p=attention_dropout_p, method=method,
         )  # fmt: skip
-        self.feed_forward = FeedForward(d_model, d_ff, activation=activation, use_bias=use_bias)
+        self.feed_forward = FeedForward(
+            d_model, d_ff, activation=activation, use_bias=use_bias,
+            recompute=recompute_feed_forward,
+        )  # fmt: skip
         self.attention_shortcut, self.feed_forward_shortcut = (
             Shortcut(d_model, norm_position=norm_position, norm=norm, dropout_p=dropout_p)
             for _ in range(2)
@@ -170,6 +175,7 @@ class DecoderBlock(nn.Module):
         attention_scale: factor on the products.
         dropout_p: probability for the branches.
         attention_dropout_p: probability for attention weights.
+        recompute_feed_forward: save memory while training.
         method: as in :func:`stabletx.attention`.
 
     >>> DecoderBlock(16, 4)(torch.zeros(2, 5, 16)).shape
@@ -194,6 +200,7 @@ class DecoderBlock(nn.Module):
         attention_scale: float | None = None,
         dropout_p: float = 0.0,
         attention_dropout_p: float = 0.0,
+        recompute_feed_forward: bool = False,
         method: Method = "auto",
     ) -> None:
         super().__init__()
@@ -212,7 +219,10 @@ class DecoderBlock(nn.Module):
         self.attention_shortcut = shortcut()
         self.cross_attention = attend(is_causal=False) if has_context else None
         self.cross_attention_shortcut = shortcut() if has_context else None
-        self.feed_forward = FeedForward(d_model, d_ff, activation=activation, use_bias=use_bias)
+        self.feed_forward = FeedForward(
+            d_model, d_ff, activation=activation, use_bias=use_bias,
+            recompute=recompute_feed_forward,
+        )  # fmt: skip
         self.feed_forward_shortcut = shortcut()
 
     def forward(

@@ -7,6 +7,7 @@ from typing import Literal, final, get_args
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from stabletx import _checks
 from stabletx._precision import compute_dtype
@@ -33,6 +34,8 @@ class FeedForward(nn.Module):
         activation: "gelu", "gelu_tanh" (its approximation), "relu", "silu"; or "swiglu", "geglu",
             "geglu_tanh", whose widening also makes a gate.
         use_bias: whether the two linear maps have one.
+        recompute: while training, keep only the input and work out the wide activation again in
+            the backward pass: about a tenth more time, a fraction of the memory, the same bits.
 
     Raises:
         ValueError: for a size that is not positive or another activation.
@@ -50,6 +53,7 @@ class FeedForward(nn.Module):
         *,
         activation: Activation = "gelu",
         use_bias: bool = True,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         _checks.check_one_of("activation", activation, get_args(Activation))
@@ -58,7 +62,7 @@ class FeedForward(nn.Module):
         if d_ff is None:
             d_ff = -(-8 * d_model // 24) * 8 if is_gated else 4 * d_model
         _checks.check_positive("d_ff", d_ff)
-        self.activation = activation
+        self.activation, self.recompute = activation, recompute
         self.widen = Linear(d_model, d_ff * (2 if is_gated else 1), use_bias)
         self.out = Linear(d_ff, d_model, use_bias)
         self.reset_parameters()
@@ -70,6 +74,12 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform each token of ``x`` (..., d_model)."""
+        if torch.is_grad_enabled() and self.training and self.recompute:
+            # Nothing in here is random, so no state of a generator need be kept.
+            again: Tensor = checkpoint(
+                self._whole, x, use_reentrant=False, preserve_rng_state=False
+            )
+            return again
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._whole(x)
         tokens = rearrange(x, "... m -> (...) m")

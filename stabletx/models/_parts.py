@@ -144,6 +144,7 @@ def _block_settings(config: TransformerConfig) -> dict[str, Any]:
     names = (
         "n_kv_heads", "d_head", "d_ff", "norm_position", "activation", "qk_norm", "use_bias",
         "attention_scale", "dropout_p", "attention_dropout_p",
+        "recompute_feed_forward",
     )  # fmt: skip
     return {"norm": config.norm_settings, **{name: getattr(config, name) for name in names}}
 

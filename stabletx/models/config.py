@@ -31,6 +31,7 @@ class _Fields:
     max_seq_len: int = 512
     dropout_p: float = 0.0
     attention_dropout_p: float = 0.0
+    recompute_feed_forward: bool = False
     norm_position: NormPosition = "pre"
     norm: NormKind = "layer"
     qk_norm: bool = True
@@ -147,6 +148,8 @@ class TransformerConfig(_Fields):
         max_seq_len: tokens; learned positions end there, others go on.
         dropout_p: probability for embeddings, branches and the pooled vector, while training.
         attention_dropout_p: probability for attention weights; leaves the fused kernel.
+        recompute_feed_forward: while training, work out the wide activations again in the backward
+            pass instead of keeping them: less memory, about a tenth more time.
         norm_position: "pre" (with a last norm), "post" (embeddings normed instead) or "peri"
             (both).
         norm: "layer" or "rms".
@@ -237,7 +240,7 @@ _POSITIVE_OR_NONE = (
 )  # fmt: skip
 _FLAGS = (
     "qk_norm", "use_bias", "norm_bias", "share_embeddings", "has_pooler", "head_norm", "head_bias",
-    "tie_head",
+    "tie_head", "recompute_feed_forward",
 )  # fmt: skip
 _NUMBERS = (
     "rotary_base", "window_rotary_base", "attention_scale", "norm_eps", "embedding_scale",

@@ -64,3 +64,39 @@ def test_feed_forward_refuses_another_activation():
 def test_feed_forward_refuses_a_size_that_is_not_positive():
     with pytest.raises(ValueError, match=r"d_ff must be positive, got d_ff=0"):
         FeedForward(8, 0)
+
+
+def kept_for_backward(layer, x):
+    """Count the numbers that autograd keeps, and give the gradients."""
+    kept = {}
+
+    def keep(y):
+        kept[y.untyped_storage().data_ptr()] = y.untyped_storage().nbytes()
+        return y
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda y: y):
+        out = layer(x)
+    return sum(kept.values()), [out, *torch.autograd.grad(out.sum(), list(layer.parameters()))]
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_recomputed_feed_forward_has_the_same_bits_and_keeps_less(activation):
+    torch.manual_seed(0)
+    plain = FeedForward(8, 64, activation=activation)
+    frugal = FeedForward(8, 64, activation=activation, recompute=True)
+    frugal.load_state_dict(plain.state_dict())
+    x = torch.randn(1000, 8, requires_grad=True)
+    much, expected = kept_for_backward(plain, x)
+    little, found = kept_for_backward(frugal, x)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+    assert little <= x.nbytes
+    assert much >= 64 * x.shape[0] * 4
+    with torch.no_grad():
+        assert torch.equal(frugal(x), plain(x))
+
+
+def test_recomputed_feed_forward_has_second_derivatives():
+    layer = FeedForward(2, 3, recompute=True).double()
+    x = torch.randn(2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(layer, (x,))

@@ -1,10 +1,17 @@
 """What a decoder remembers of earlier tokens."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
-from stabletx import Mask
+from stabletx import Mask, attention
+from stabletx.functional import _guards
+from stabletx.functional._one_query import attend_one_query
 from stabletx.layers import KeyValueCache, MultiHeadAttention, RotaryEmbedding
+from stabletx.layers import attention as module
+from stabletx.testing import assert_within, attention_error_bound
+from stabletx.testing.reference import reference_attention
 
 
 def entries(t, b=2, g=2, d=4, dtype=torch.float32):
@@ -93,3 +100,136 @@ def test_context_is_projected_once_where_there_is_a_cache():
     assert torch.equal(first, made(x, context=context))
     assert torch.equal(first, made(x, context=torch.full_like(context, torch.nan), cache=cache))
     assert cache.length == 5
+
+
+LEFT = torch.tensor([[False, False, True, True, True, True], [True] * 6])
+MASKS = {
+    "all": None,
+    "left padding": Mask.padding(LEFT),
+    "window": Mask.window(1, 1),
+    "window, left padding": Mask.window(2, 0) & Mask.padding(LEFT),
+    "any": Mask.dense(torch.rand(2, 4, 1, 6, generator=torch.Generator().manual_seed(0)) > 0.3),
+}
+
+
+@pytest.fixture
+def fast_ways(monkeypatch):
+    """Count the one-query steps that were taken, and those that were left to attention."""
+    taken = []
+
+    def count(*tensors, **options):
+        out = attend_one_query(*tensors, **options)
+        taken.append(out is not None)
+        return out
+
+    monkeypatch.setattr(module, "attend_one_query", count)
+    return taken
+
+
+def filled(k, v):
+    cache = KeyValueCache(*k.shape[:2], k.shape[2], k.shape[3], dtype=k.dtype)
+    cache.append(k[:, :, :-1], v[:, :, :-1])
+    cache.longest()
+    cache.append(k[:, :, -1:], v[:, :, -1:])
+    return cache
+
+
+def one_query(q, k, v, mask):
+    cache = filled(k, v)
+    longest_key, longest_value = cache.longest()
+    return attend_one_query(
+        q, *cache.read(), mask=mask, scale=None,
+        longest_key=longest_key, longest_value=longest_value,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("mask", MASKS)
+def test_one_query_agrees_with_reference(dtype, n_kv_heads, mask):
+    allowed = MASKS[mask]
+    k, v = entries(6, g=n_kv_heads, dtype=dtype)
+    q = entries(1, g=4, dtype=dtype)[0]
+    out = one_query(q, k, v, allowed)
+    dense = None if allowed is None else allowed.tile(torch.zeros(1).long(), torch.arange(6), 1, 6)
+    bound = attention_error_bound(q, k, v, mask=dense)
+    assert_within(bound, out.to(dtype), reference_attention(q, k, v, mask=dense))
+
+
+@pytest.mark.parametrize("place", ["q", "k", "v"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e4, 2.0**100])
+def test_one_query_leaves_to_attention_what_the_kernel_gets_wrong(place, value):
+    tensors = {"q": entries(1, g=4)[0], "k": entries(6)[0], "v": entries(6)[1]}
+    tensors[place][1, 0, -1, 0] = value
+    out = one_query(tensors["q"], tensors["k"], tensors["v"], None)
+    moderate = place == "v" and value == 1e4
+    assert (out is not None) == moderate
+
+
+def test_one_query_leaves_an_empty_row_to_attention():
+    k, v = entries(6)
+    nobody = Mask.padding(torch.zeros(2, 6, dtype=torch.bool))
+    for mask in (nobody, Mask.window(0, 0) & nobody, Mask.causal(offset=-1)):
+        assert one_query(entries(1, g=4)[0], k, v, mask) is None
+
+
+def test_cache_measures_each_token_once_and_bounds_all():
+    cache = KeyValueCache(2, 2, 6, 4)
+    assert cache.longest() == (0.0, 0.0)
+    k, v = entries(6)
+    v[0, 0, 1] = torch.nan
+    for i in range(6):
+        cache.append(k[:, :, i : i + 1], v[:, :, i : i + 1])
+        found = cache.longest()
+        assert found[0] == pytest.approx(float(k[:, :, : i + 1].norm(dim=-1).max()))
+        assert found[1] == pytest.approx(float(v[:, :, 0].norm(dim=-1).max())) if i == 0 else True
+        assert i == 0 or found[1] == torch.inf
+    cache.reset()
+    assert cache.longest() == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("mask", ["all", "left padding", "window", "window, left padding"])
+@torch.no_grad()
+def test_every_prefix_from_a_cache_is_that_of_the_whole(same_function, fast_ways, n_kv_heads, mask):
+    def run(dtype, edges):
+        torch.manual_seed(0)
+        made = MultiHeadAttention(16, 4, n_kv_heads=n_kv_heads, is_causal=True).to(dtype).eval()
+        x = torch.randn(2, 6, 16, dtype=torch.float64).to(dtype)
+        rotary, cache, outs = RotaryEmbedding(4), None, []
+        if len(edges) > 2:
+            cache = KeyValueCache(2, n_kv_heads, 6, 4, dtype=dtype)
+        for start, end in pairwise(edges):
+            rule = Mask.window(2, 2) if "window" in mask else None
+            if "padding" in mask:
+                kept = Mask.padding(LEFT[:, :end])
+                rule = kept if rule is None else rule & kept
+            rotation = rotary(torch.arange(start, end))
+            outs.append(made(x[:, start:end], mask=rule, rotation=rotation, cache=cache))
+        return [torch.cat(outs, 1)]
+
+    for prefix in range(1, 6):
+        del fast_ways[:]
+        edges = [0, *range(prefix, 7)]
+        same_function(lambda d: run(d, [0, 6]), lambda d, edges=edges: run(d, edges))
+        assert any(fast_ways)
+
+
+@torch.no_grad()
+def test_a_wild_key_in_the_cache_reaches_only_those_who_see_it(fast_ways):
+    made, x = MultiHeadAttention(16, 4, is_causal=True).eval(), torch.randn(2, 6, 16)
+    cache = KeyValueCache(2, 4, 6, 4)
+    cache.append(*(torch.full((2, 4, 2, 4), torch.nan) for _ in range(2)))
+    mask = Mask.padding(torch.tensor([[False, False, True], [True, True, True]]))
+    out = made(x[:, :1], mask=mask, cache=cache)
+    assert fast_ways == [False]
+    assert out[0].isfinite().all()
+    assert out[1].isnan().all()
+
+
+@torch.no_grad()
+def test_scores_too_large_for_the_kernel_are_those_of_attention(fast_ways):
+    q, (k, v) = entries(1, g=4)[0] * _guards.LARGEST_SCORE[torch.float32], entries(6)
+    assert one_query(q, k, v, None) is None
+    exact = reference_attention(q, k, v)
+    assert_within(attention_error_bound(q, k, v), attention(q, k, v), exact)

@@ -249,3 +249,12 @@ def test_encoder_refuses_more_tokens_than_it_has_learned_positions():
             made(ids)
     rotary = Encoder(TransformerConfig(**SIZES, max_seq_len=4))
     assert rotary(some_ids(1, 5)).last_hidden_state.isfinite().all()
+
+
+def test_encoder_that_recomputes_has_the_same_bits():
+    plain, frugal = model(), model(recompute_feed_forward=True)
+    for made in (plain, frugal):
+        made(some_ids(2, 5)).last_hidden_state.square().sum().backward()
+    for a, b in zip(plain.parameters(), frugal.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+    assert frugal.blocks[0].feed_forward.recompute
