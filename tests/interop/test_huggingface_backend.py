@@ -13,6 +13,7 @@ transformers = pytest.importorskip("transformers")
 from transformers import masking_utils  # noqa: E402
 
 from stabletx.interop import huggingface  # noqa: E402
+from stabletx.testing import adapters, check_attention  # noqa: E402
 from tests.interop import architectures  # noqa: E402
 from tests.interop.architectures import ARCHITECTURES, KeepDouble, output  # noqa: E402
 from tests.interop.checkpoint_weights import MINILM, lay_out  # noqa: E402
@@ -375,6 +376,12 @@ def test_a_mask_of_another_form_is_refused():
             huggingface.attend(torch.nn.Module(), x, x, x, mask)
     with pytest.raises(TypeError, match="int64"):
         huggingface.attend(torch.nn.Module(), x, x, x, torch.ones(1, 1, 2, 2).long())
+
+
+@pytest.mark.nightly
+def test_the_backend_keeps_the_laws():
+    report = check_attention(adapters.huggingface(huggingface.attend), profile="quick")
+    assert report.passed, str(report)
 
 
 TEXTS = [

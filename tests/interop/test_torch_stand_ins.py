@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from stabletx import Encoder, EncoderBlock, MultiHeadAttention
 from stabletx.interop import torch as ours
+from stabletx.testing import LAWS, check_attention
 
 SHAPES = {  # leading axes of q, k and v, and of the mask
     "no heads": ((), (), (), ()),
@@ -106,6 +107,15 @@ def test_scaled_dot_product_attention_refuses_bad_arguments(arguments, error, ma
     given = {name: torch.zeros(2, 4, 4, 8) for name in ("query", "key", "value")} | arguments
     with pytest.raises(error, match=match):
         ours.scaled_dot_product_attention(**given)
+
+
+@pytest.mark.nightly
+def test_scaled_dot_product_attention_keeps_the_laws():
+    # The adapter spreads a bias over a mask, so that its gradient is added up outside, in 16 bits.
+    laws = [law.name for law in LAWS if law.name != "gradient-of-bias"]
+    attend = ours.scaled_dot_product_attention
+    report = check_attention(attend, adapter="sdpa", profile="quick", laws=laws)
+    assert report.passed, str(report)
 
 
 BUILDS = [
@@ -268,6 +278,17 @@ def test_transformer_encoder_of_padding_alone_is_finite(is_training):
     assert out.isfinite().all()
     out.sum().backward()
     assert all(p.grad.isfinite().all() for p in mine.parameters())
+
+
+def test_transformer_encoder_is_traced_whole_and_exported():
+    stack = encoders(False, "gelu", True, True)[1].eval().requires_grad_(False)
+    x, padding = draw(2, 3, 8, dtype=torch.float32), torch.tensor([[False] * 3, [True] * 3])
+    expected = stack(x, src_key_padding_mask=padding)
+    exact = copy.deepcopy(stack).double()(x.double(), src_key_padding_mask=padding)
+    bound = 4 * (expected - exact).abs().max()  # another order of the same sums
+    exported = torch.export.export(stack, (x,), {"src_key_padding_mask": padding}).module()
+    for other in (torch.compile(stack, backend="eager", fullgraph=True), exported):
+        assert (other(x, src_key_padding_mask=padding) - exact).abs().max() <= bound
 
 
 @pytest.mark.parametrize("bias", [True, False])
