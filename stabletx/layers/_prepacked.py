@@ -48,11 +48,11 @@ class _State(NamedTuple):
         source = self.source
         return (
             weight.data_ptr() == source.data_ptr()
-            and weight._version == self.version
+            and _version(weight) == self.version
             and weight.dtype == source.dtype
             and weight.shape == source.shape
             and weight.stride() == source.stride()
-            # A write through ``.data`` leaves the version as it was.
+            # Not every write is counted: not through ``.data``, nor to what inference mode made.
             and torch.equal(self.seen, self.then)
         )
 
@@ -132,7 +132,6 @@ def can_prepack(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and type(weight) is nn.Parameter
         and type(x) in (Tensor, nn.Parameter)
         and weight.device.type == "cpu"
-        and not weight.is_inference()
         and (weight.dtype == torch.float32 or weight.dtype == torch.bfloat16)
         and x.dtype == weight.dtype
         and (bias is None or bias.dtype == weight.dtype)
@@ -160,7 +159,11 @@ def _observe(weight: Tensor) -> _State:
         source = weight.detach()
         steps = [max(1, size // _PROBES) for size in source.shape]
         seen = source[:: steps[0], :: steps[1]]
-        return _State({}, source, weight._version, seen, seen.clone())
+        return _State({}, source, _version(weight), seen, seen.clone())
+
+
+def _version(weight: Tensor) -> int:
+    return -1 if weight.is_inference() else weight._version
 
 
 def _pack(weight: Tensor, way: Way) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, final, get_args
+from typing import Any, Literal, final, get_args
 
 import torch
 from torch import Tensor, nn
@@ -280,6 +280,10 @@ class LanguageHead(nn.Module):
         weight = table if self.weight is None else self.weight
         out = None if self.training else self._prepacked.apply(x, weight, self.bias)
         return nn.functional.linear(x, weight, self.bias) if out is None else out
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._prepacked.forget()
+        super()._load_from_state_dict(*args)
 
 
 def _first(x: Tensor, keep: Tensor | None) -> Tensor:  # (b, t, m) -> (b, m)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, final
+from typing import Any, Literal, final
 
 from torch import Tensor, nn
 
@@ -20,8 +20,9 @@ class Linear(nn.Linear):
     In inference on a CPU (evaluation mode, no gradient, float32 or bfloat16) a second copy of the
     weight, in the order that oneDNN reads fastest, is kept and used where that is faster. It is
     made anew whenever the weight has changed: after ``load_state_dict``, a step of an optimizer, a
-    cast, any write that autograd counts. Writes through ``weight.data``, which it does not count,
-    are seen where they touch many entries; write a few under ``torch.no_grad()`` instead.
+    cast, any write that autograd counts. Writes that it does not count, through ``weight.data`` or
+    to weights that were made in inference mode, are seen where they touch many entries; write a few
+    under ``torch.no_grad()`` instead.
 
     Args:
         in_features: size of the last axis.
@@ -71,6 +72,10 @@ class Linear(nn.Linear):
         self._prepacked.forget()  # the old weight's memory is not kept for it
         made: Linear = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return made
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._prepacked.forget()
+        super()._load_from_state_dict(*args)
 
     def train(self, mode: bool = True) -> Linear:
         """Leave inference, or go back to it; training frees the packed copy."""

@@ -10,6 +10,7 @@ from torch import nn
 from stabletx.functional import gelu
 from stabletx.layers import FeedForward, _prepacked
 from stabletx.layers.linear import Linear
+from stabletx.models import Decoder, TransformerConfig
 from stabletx.testing import assert_within
 from stabletx.testing.function_bounds import matmul_error_bound
 from stabletx.testing.tolerances import condition_ulps
@@ -138,6 +139,41 @@ def test_changed_weights_are_packed_again(packings):
         assert check() == 1
     made.bias.add_(1)
     assert check() == 0
+
+
+@has_onednn
+@torch.inference_mode()
+def test_weights_made_in_inference_mode_are_packed_and_their_changes_seen(packings):
+    made, x = linear(), rows(7, 48)
+    assert made.weight.is_inference()
+
+    def check():
+        assert_within(bound(made, x), made(x), expected(made, x))
+        return len(packings)
+
+    assert check() == check() == 1
+    made.weight.mul_(2)
+    assert check() == 2
+    changed = made.state_dict()
+    changed["weight"] = changed["weight"].clone()
+    changed["weight"][1, 1] += 100  # one entry, which no probe need meet
+    made.load_state_dict(changed)
+    assert check() == 3
+
+
+@has_onednn
+@torch.inference_mode()
+def test_tied_head_sees_a_table_that_was_loaded(packings):
+    torch.manual_seed(0)
+    made = Decoder(TransformerConfig(40, 16, 1, 4)).eval()
+    ids = torch.tensor([[1, 2, 3]])
+    made(ids)
+    other = {name: x.clone() for name, x in made.state_dict().items()}
+    other["stack.stem.embedding.tokens.weight"][7] += 1
+    made.load_state_dict(other)
+    fresh = Decoder(TransformerConfig(40, 16, 1, 4)).eval()
+    fresh.load_state_dict(other)
+    assert torch.equal(made(ids).logits, fresh(ids).logits)
 
 
 @has_onednn
