@@ -80,7 +80,8 @@ def refuse_model(family: str, model: type, supported: Collection[type]) -> NoRet
 def check_is_classifier(model: type | None, kind: type) -> None:
     """Refuse names of classes for a model that has none."""
     if model not in (None, kind):
-        raise ValueError(must("labels", f"be None beside model={model.__name__}", "names of classes"))
+        rule = f"be None beside model={getattr(model, '__name__', model)}"
+        raise ValueError(must("labels", rule, "names of classes"))
 
 
 def check_dtype(dtype: object) -> None:
