@@ -1,7 +1,7 @@
 """How accurate the classifier that ``stabletx train`` makes is, on every named data set.
 
     python -m benchmarks.accuracy                     # every set, three seeds
-    python -m benchmarks.accuracy --data sms trec --seeds 0 1
+    python -m benchmarks.accuracy --data sms trec     # these two anew, the others as they were
 
 Each set and seed is a process of its own, ``stabletx train DATA --seed SEED``; the test rows are
 seen once, at the end. Writes docs/accuracy.md and docs/accuracy.json, and again after every set, so
@@ -107,8 +107,11 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--docs", type=Path, default=Path(__file__).parents[1] / "docs")
     args = parser.parse_args()
-    found: dict[str, list[dict[str, Any]]] = {}
     args.docs.mkdir(parents=True, exist_ok=True)
+    before = args.docs / "accuracy.json"
+    found: dict[str, list[dict[str, Any]]] = (
+        json.loads(before.read_text(encoding="utf-8"))["runs"] if before.exists() else {}
+    )
     for data in args.data:
         found[data] = [measure(data, seed, baseline=seed == args.seeds[0]) for seed in args.seeds]
         write_atomically(args.docs / "accuracy.md", page(found).encode())

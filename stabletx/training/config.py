@@ -115,6 +115,7 @@ def default_model(
     *,
     max_seq_len: int = 256,
     pad_id: int = 0,
+    d_model: int = 128,
     dropout_p: float = 0.5,
 ) -> TransformerConfig:
     """Describe the classifier that ``stabletx train`` trains from nothing.
@@ -124,8 +125,8 @@ def default_model(
     """
     return TransformerConfig(
         vocab_size=vocab_size,
-        d_model=128,
-        d_ff=128,
+        d_model=d_model,
+        d_ff=d_model,
         n_layers=1,
         n_heads=4,
         max_seq_len=max_seq_len,
