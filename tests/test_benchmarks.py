@@ -1,6 +1,7 @@
 """The benchmarks: every case at its smallest size, what they refuse, file, page and pictures."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -218,7 +219,9 @@ def test_page_without_results_says_so(tmp_path, capsys):
 
 def pytest_of_benchmarks(*options):
     command = [sys.executable, "-m", "pytest", "benchmarks", "-p", "no:cacheprovider", *options]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    # A child of a parallel run is not one of its workers: it would be told not to measure.
+    own = {name: value for name, value in os.environ.items() if "XDIST" not in name}
+    return subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, check=False)
 
 
 def test_pytest_runs_a_part_with_a_row_for_each_contestant():

@@ -8,6 +8,7 @@ products as they are.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,9 +36,9 @@ class Scaled(NamedTuple):
         power = torch.where(top > ROOM, torch.frexp(top).exponent, 0)
         return Scaled(times_power(x, -power), power)
 
-    def levelled(self, axis: int) -> Scaled:
+    def levelled(self, axis: int | tuple[int, ...]) -> Scaled:
         """Take one power for each line along ``axis``, so that the line can be summed."""
-        if not self.x.shape[axis]:
+        if not self.x.numel():
             return Scaled(self.x, self.x.new_zeros((), dtype=torch.int32))
         sizes = torch.where(self.x == 0, _NOTHING, torch.frexp(self.x).exponent) + self.power
         power = (sizes.amax(axis, keepdim=True) - _SAFE).clamp(min=0)
@@ -166,9 +167,10 @@ class _Extended(torch.autograd.Function):
         grad_scores = Scaled(found.weights * (pushed.x - mean), pushed.power)
         grad_bias = grad_sinks = None
         if bias is not None:
-            grad_bias = grad_scores.value().sum_to_size(bias.shape)
+            grad_bias = _sum_to_shape(grad_scores, bias.shape)
         if found.sink_weight is not None:
-            grad_sinks = -times_power(found.sink_weight * mean, pushed.power).sum((0, 2, 3))
+            terms = Scaled(-found.sink_weight * mean, pushed.power)
+            grad_sinks = _sum_to_shape(terms, (1, terms.x.shape[1], 1, 1)).flatten()
         if found.slope is not None:
             grad_scores = Scaled(grad_scores.x * found.slope, grad_scores.power)
         to_q = Scaled(grad_scores.x, k.power.transpose(-1, -2).expand_as(grad_scores.x))
@@ -179,6 +181,15 @@ class _Extended(torch.autograd.Function):
         to_v = Scaled(found.weights, grad.power).levelled(-2)
         grad_v = _transposed_product(to_v, grad.x)
         return grad_q.value(), grad_k, grad_v, grad_bias, grad_sinks, None, None
+
+
+def _sum_to_shape(terms: Scaled, shape: Sequence[int]) -> Tensor:
+    """Sum over the axes that are 1 in ``shape``; the sum may pass the largest value on its way."""
+    axes = tuple(axis for axis, size in enumerate(shape) if size != terms.x.shape[axis])
+    if not axes:
+        return terms.value()
+    level = terms.levelled(axes)
+    return Scaled(level.x.sum(axes, keepdim=True), level.power).value()
 
 
 def _transposed_product(a: Scaled, b: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stabletx import attention
+from stabletx.testing.cases import AttentionCase
 from stabletx.testing.reference import reference_attention, reference_gradients
 from stabletx.testing.strategies import attention_cases
 from stabletx.testing.tolerances import condition_scales, condition_ulps, spacing
@@ -48,6 +49,19 @@ def test_extreme_magnitudes_stay_finite_where_the_answer_is(dtype, data):
             # Where the bound is past the largest value, rounding alone decides: a sum that cancels.
             representable = expected[name].abs() + bound[name] <= largest
             assert actual[representable].isfinite().all(), (method, name)
+
+
+@every_method
+def test_sums_over_rows_may_pass_the_largest_value_on_their_way(method):
+    # The terms of the sink's gradient alternate in sign and lie near float64's largest value.
+    case = AttentionCase.build(
+        family="huge_values", seed=65536, shape=(1, 6, 3, 7, 1, 16, 16), dtype=torch.float64,
+        sinks=True,
+    )  # fmt: skip
+    found, exact = run(case, method), case.gradients()
+    assert exact.dsinks.isfinite().all()
+    assert found["dsinks"].isfinite().all()
+    assert (found["dsinks"] - exact.dsinks).abs().le(case.bound().dsinks).all()
 
 
 def tied_maxima(dtype):
