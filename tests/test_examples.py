@@ -1,24 +1,9 @@
 """Every example runs, on a part of its data."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from stabletx.data import NetworkNeeded, load_named
-
-EXAMPLES = Path(__file__).parent.parent / "examples"
-
-
-def run(name, *arguments):
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / name, *arguments],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+from tests.run_example import EXAMPLES, run
 
 
 def test_custom_model_learns():

@@ -1,25 +1,11 @@
 """The examples with published weights run, and say what those weights are known for."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from tests.interop.checkpoint_weights import MINILM, RXNFP, lay_out
+from tests.run_example import run
 
-EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 pytestmark = pytest.mark.network
-
-
-def run(name, *arguments):
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / name, *arguments],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_sentence_similarity_puts_like_sentences_together(tmp_path):
