@@ -13,9 +13,9 @@ from torch import Tensor
 
 from stabletx.testing._backward_bound import gradient_bounds
 from stabletx.testing._forward_bound import forward_errors, stored
-from stabletx.testing._problem import prepare, sum_over_groups, times_power
+from stabletx.testing._problem import Problem, prepare, sum_over_groups, times_power
 from stabletx.testing._units import Units
-from stabletx.testing.reference import score_gradients, softmax_rows
+from stabletx.testing.reference import Rows, ScoreGradients, score_gradients, softmax_rows
 from stabletx.testing.rounding import Mode, Profile
 
 
@@ -79,14 +79,18 @@ def attention_error_bound(
         q, k, v, grad_out, mask=mask, bias=bias, scale=scale, softcap=softcap, sinks=sinks
     )
     rows = softmax_rows(problem)
-    units = Units.of(q.dtype, profile or Profile(), mode)
+    back = None if grad_out is None else score_gradients(problem, rows)
+    return error_bound(problem, rows, back, Units.of(q.dtype, profile or Profile(), mode))
+
+
+def error_bound(problem: Problem, rows: Rows, back: ScoreGradients | None, units: Units) -> Bound:
+    """Bound the output and, where there is a backward pass, the gradients."""
     forward = forward_errors(problem, rows, units)
     exact_out = times_power(forward.exact, problem.powers["v"])
     out = stored(times_power(forward.out, problem.powers["v"]), exact_out, units)
     out = torch.where(problem.has_key.unsqueeze(-1), out, 0.0)
-    if grad_out is None:
+    if back is None:
         return Bound(out)
-    back = score_gradients(problem, rows)
     return Bound(out, *gradient_bounds(problem, rows, back, forward, units))
 
 
@@ -134,16 +138,16 @@ def condition_scales(
     )
     p = softmax_rows(problem).weights
     eq, ek, ev, eg = (problem.powers[name] for name in ("q", "k", "v", "g"))
-    out = times_power(torch.einsum("bhts,bhse->bhte", p, problem.v.abs()), ev)
+    out = times_power(p @ problem.v.abs(), ev)
     if problem.grad_out is None:
         return Bound(out)
     g = problem.grad_out.abs()
-    pulls = torch.einsum("bhte,bhse->bhts", g, problem.v.abs())
+    pulls = g @ problem.v.abs().mT
     scores = p * (pulls + (p * pulls).sum(-1, keepdim=True))
     size = abs(problem.scale)
-    dq = size * torch.einsum("bhts,bhsd->bhtd", scores, problem.k.abs())
-    dk = size * torch.einsum("bhts,bhtd->bhsd", scores, problem.q.abs())
-    dv = torch.einsum("bhts,bhte->bhse", p, g)
+    dq = size * (scores @ problem.k.abs())
+    dk = size * (scores.mT @ problem.q.abs())
+    dv = p.mT @ g
     return Bound(
         out=out,
         dq=times_power(dq, ek + ev + eg),

@@ -47,12 +47,10 @@ def gradient_bounds(
 
     to_q, to_k = moved(d_products, errors.products, s), moved(d_products, errors.products, n_rows)
     to_v = moved(rows.weights, errors.weights + units.weights * rows.weights, n_rows)
-    dq = size * torch.einsum("bhts,bhsd->bhtd", to_q, problem.k.abs())
-    dk = size * torch.einsum("bhts,bhtd->bhsd", to_k, problem.q.abs())
-    dv = torch.einsum("bhts,bhte->bhse", to_v, problem.grad_out.abs())
-    exact_q = torch.einsum("bhts,bhsd->bhtd", back.products, problem.k) * problem.scale
-    exact_k = torch.einsum("bhts,bhtd->bhsd", back.products, problem.q) * problem.scale
-    exact_v = torch.einsum("bhts,bhte->bhse", rows.weights, problem.grad_out)
+    dq = size * (to_q @ problem.k.abs())
+    dk = size * (to_k.mT @ problem.q.abs())
+    dv = to_v.mT @ problem.grad_out.abs()
+    exact_q, exact_k, exact_v = back.inputs
     seen = problem.has_key.unsqueeze(-1)
     used = sum_over_groups(problem.used.double(), problem.n_kv_heads).unsqueeze(-1) > 0
     lost = units.grain * max(1.0, size)
@@ -85,7 +83,7 @@ def _score_errors(
         weights, sink = _from_lse(problem, rows, forward, units)
     reach = rows.weights + weights
     grain = scaled(units.grain, -problem.powers["v"] - problem.powers["g"])
-    sizes = torch.einsum("bhte,bhse->bhts", problem.grad_out.abs(), problem.v.abs())
+    sizes = problem.grad_out.abs() @ problem.v.abs().mT
     pulls = units.dot(width) * sizes + units.scores * back.pulls.abs() + width * grain
     far = (back.pulls - back.mean.unsqueeze(-1)).abs()
     # Weights that sum to 1 whatever their errors move delta by their spread only.

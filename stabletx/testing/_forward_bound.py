@@ -55,18 +55,18 @@ def forward_errors(problem: Problem, rows: Rows, units: Units) -> ForwardErrors:
     g = min(units.dot(n + 3) + units.steps((units.profile.exp_ulps + 3) * rescales), LOST)
     total = (p * t).sum(-1) + sink_pt
     room = 1.0 - total - g
-    exact = torch.einsum("bhts,bhse->bhte", p, problem.v)
+    exact = p @ problem.v
     size = problem.v.abs()
     spread, hull = _spreads(problem, p * t, exact, hulls=bool((room <= 0.5).any()))
     raw = spread + sink_pt.unsqueeze(-1) * exact.abs()
-    raw = raw + (units.weights + g) * torch.einsum("bhts,bhse->bhte", p * (1 + t), size)
+    raw = raw + (units.weights + g) * ((p * (1 + t)) @ size)
     raw = (raw + g * (1 + total).unsqueeze(-1) * exact.abs()) / room.clamp(min=_NOTHING)[..., None]
     if hull is not None:
         # Whatever the weights, a mean lies between the values it is a mean of.
         capped = hull + (units.weights + 3 * g) * (hull + exact.abs())
         raw = torch.where(room[..., None] > 0, torch.minimum(raw, capped), capped)
     floor = _flushed(problem, rows, eta, units)
-    raw = raw + torch.einsum("bhts,bhse->bhte", floor, size)
+    raw = raw + floor @ size
     raw = raw + scaled((n + 2) * units.grain, -problem.powers["v"])
     # A weight is e(1 + theta) / (sum (1 + psi)), and never more than about 1.
     gain = (1 + g) ** 2 * (1 + 3 * units.u) / room.clamp(min=_NOTHING)
@@ -101,7 +101,7 @@ def _score_errors(problem: Problem, rows: Rows, units: Units) -> tuple[Tensor, T
     The shift by the maximum cancels; what is left of it is the rounding of the difference.
     """
     power = problem.powers["q"] + problem.powers["k"]
-    sizes = torch.einsum("bhtd,bhsd->bhts", problem.q.abs(), problem.k.abs())
+    sizes = problem.q.abs() @ problem.k.abs().mT
     # d products and sums, a rounded scale or its root on both sides, the change to base 2.
     d = problem.q.shape[3]
     per_dot = units.dot(d) + units.steps(7)
@@ -173,26 +173,27 @@ def _spreads(
     problem: Problem, moved: Tensor, exact: Tensor, *, hulls: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Sum ``moved |v - o|`` over the keys; on demand the width of the values that a row sees."""
-    t, s = moved.shape[2:]
-    spread = torch.zeros_like(exact)
+    b, h, t, s = moved.shape
+    spread = torch.empty_like(exact)
     hull = torch.zeros_like(exact) if hulls else None
-    step = max(1, _CHUNK // max(1, s * exact.shape[3]))
-    sink = 0.0 if problem.sinks is not None else torch.nan
-    for b in range(moved.shape[0]):
-        for h in range(moved.shape[1]):
-            for i in range(0, t, step):
-                rows = slice(i, i + step)
-                far = (problem.v[b, h][None] - exact[b, h, rows, None]).abs()
-                spread[b, h, rows] = torch.einsum("ts,tse->te", moved[b, h, rows], far)
+    blocked = 0.0 if problem.sinks is not None else torch.nan
+    n_rows = max(1, _CHUNK // max(1, s * exact.shape[3]))
+    n_heads = max(1, n_rows // max(1, t))
+    for i in range(b):
+        for j in range(0, h, n_heads):
+            values = problem.v[i, j : j + n_heads].unsqueeze(1)
+            for start in range(0, t, n_rows):
+                at = (i, slice(j, j + n_heads), slice(start, start + n_rows))
+                far = (values - exact[at].unsqueeze(2)).abs_()
+                spread[at] = (moved[at].unsqueeze(2) @ far).squeeze(2)
                 if hull is not None and s:
-                    seen = problem.allowed[b, h, rows].unsqueeze(-1)
-                    value = torch.where(seen, problem.v[b, h][None], sink).nan_to_num(nan=torch.nan)
-                    hull[b, h, rows] = _width(value, exact[b, h, rows])
+                    seen = problem.allowed[at].unsqueeze(-1)
+                    hull[at] = _width(torch.where(seen, values, blocked))
     return spread, hull
 
 
-def _width(values: Tensor, exact: Tensor) -> Tensor:
+def _width(values: Tensor) -> Tensor:  # (h, t, s, e) -> (h, t, e)
     """Return the distance between the largest and the smallest value, NaN left out."""
-    high = torch.where(values.isnan(), -torch.inf, values).amax(1)
-    low = torch.where(values.isnan(), torch.inf, values).amin(1)
-    return torch.where(high < low, 0.0, high - low).to(exact.dtype)
+    high = torch.where(values.isnan(), -torch.inf, values).amax(2)
+    low = torch.where(values.isnan(), torch.inf, values).amin(2)
+    return torch.where(high < low, 0.0, high - low)

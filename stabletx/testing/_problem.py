@@ -22,6 +22,8 @@ class Problem:
         v: (b, h, s, e).
         grad_out: (b, h, t, e) or None; 0 in empty rows.
         allowed: (b, h, t, s), True = may attend.
+        has_key: (b, h, t), rows that may attend at least one key.
+        used: (b, h, s), keys that some query of the head may attend.
         bias: (b, h, t, s), 0 where blocked, or None.
         bias_shape: the shape in which the bias was given.
         sinks: (h,) or None.
@@ -39,6 +41,8 @@ class Problem:
     v: Tensor
     grad_out: Tensor | None
     allowed: Tensor
+    has_key: Tensor
+    used: Tensor
     bias: Tensor | None
     bias_shape: tuple[int, ...]
     sinks: Tensor | None
@@ -49,16 +53,6 @@ class Problem:
     nan_rows: Tensor
     nan_v: Tensor
     nan_g: Tensor
-
-    @property
-    def has_key(self) -> Tensor:  # (b, h, t)
-        """Tell the rows that may attend at least one key."""
-        return self.allowed.any(-1)
-
-    @property
-    def used(self) -> Tensor:  # (b, h, s)
-        """Tell the keys that some query of the head may attend."""
-        return self.allowed.any(-2)
 
 
 def times_power(x: Tensor, power: int) -> Tensor:
@@ -71,12 +65,14 @@ def times_power(x: Tensor, power: int) -> Tensor:
 
 def repeat_heads(x: Tensor, n_heads: int) -> Tensor:
     """Give each query head its key/value head: head ``i`` reads ``i * g // h``."""
-    return x[:, torch.arange(n_heads) * x.shape[1] // n_heads]
+    return x if x.shape[1] == n_heads else x.repeat_interleave(n_heads // x.shape[1], 1)
 
 
 def sum_over_groups(x: Tensor, n_kv_heads: int) -> Tensor:
     """Add up the query heads that read the same key/value head."""
     b, h, *rest = x.shape
+    if h == n_kv_heads:
+        return x
     return x.reshape(b, n_kv_heads, h // n_kv_heads, *rest).sum(2)
 
 
@@ -120,6 +116,8 @@ def prepare(
         v=times_power(v64, -powers["v"]),
         grad_out=None if g64 is None else times_power(g64, -powers["g"]),
         allowed=allowed,
+        has_key=has_key,
+        used=used,
         bias=full_bias,
         bias_shape=() if bias is None else tuple(bias.shape),
         sinks=own_sinks,
@@ -178,8 +176,8 @@ def _pairs(
 
 def _clean(x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
     """Put 0 where nothing looks and where x is not finite; say where the latter was seen."""
-    bad = ~x.isfinite() & seen.unsqueeze(-1)
-    return torch.where(seen.unsqueeze(-1) & ~bad, x, 0.0), bad
+    finite, seen = x.isfinite(), seen.unsqueeze(-1)
+    return torch.where(seen & finite, x, 0.0), seen & ~finite
 
 
 def _excess(x: Tensor | None) -> int:

@@ -8,15 +8,21 @@ from typing import Any, Literal, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from stabletx.testing._attention_bound import Bound, attention_error_bound
+from stabletx.testing._attention_bound import Bound, error_bound
 from stabletx.testing._layouts import arranged
 from stabletx.testing._masks import build_mask
+from stabletx.testing._problem import prepare
+from stabletx.testing._units import Units
 from stabletx.testing.families import FAMILIES, Draft
 from stabletx.testing.reference import (
     Gradients,
     Reference,
+    exact_gradients,
+    exact_output,
     reference_attention,
     reference_gradients,
+    score_gradients,
+    softmax_rows,
 )
 from stabletx.testing.rounding import Mode, Profile
 
@@ -44,6 +50,14 @@ class Options(TypedDict):
     scale: float | None
     softcap: float | None
     sinks: Tensor | None
+
+
+class Judgement(NamedTuple):
+    """What is right for a case, and how far from it rounding may lead."""
+
+    out: Tensor
+    gradients: Gradients
+    bound: Bound
 
 
 @dataclass(frozen=True)
@@ -211,20 +225,23 @@ class AttentionCase:
 
     def bound(self, profile: Profile | None = None, mode: Mode = "deterministic") -> Bound:
         """Return the bounds of output and gradients: 0 where the case leaves nothing to round."""
-        bound = attention_error_bound(
-            self.q, self.k, self.v, **self.options,
-            grad_out=self.grad_out, profile=profile, mode=mode,
-        )  # fmt: skip
+        return self.judged(profile, mode).bound
+
+    def judged(self, profile: Profile | None = None, mode: Mode = "deterministic") -> Judgement:
+        """Return the exact output, the exact gradients and the bounds, from one look at the case.
+
+        Cheaper than to ask for one after the other, and the same.
+        """
         stated = profile or Profile()
-        if not self.exact or stated.accumulate is not None or stated.recompute_from_lse:
-            return bound
-        dtype = self.q.dtype
-        gradients = [
-            _unless_exact(limit, x, dtype)
-            for limit, x in zip(bound[1:], self.gradients(), strict=True)
-        ]
-        out = torch.where(_holds(self.reference().out, dtype), 0.0, bound.out)
-        return Bound(out, *gradients)
+        problem = prepare(self.q, self.k, self.v, self.grad_out, **self.options)
+        rows = softmax_rows(problem)
+        back = score_gradients(problem, rows)
+        out, gradients = exact_output(problem, rows), exact_gradients(problem, rows, back)
+        bound = error_bound(problem, rows, back, Units.of(self.q.dtype, stated, mode))
+        if self.exact and stated.accumulate is None and not stated.recompute_from_lse:
+            pairs = zip(bound, (out, *gradients), strict=True)
+            bound = Bound._make(_unless_exact(limit, x, self.q.dtype) for limit, x in pairs)
+        return Judgement(out, gradients, bound)
 
     def __repr__(self) -> str:
         """Return code that makes this case again."""
@@ -276,11 +293,7 @@ def _unless_exact(bound: Tensor | None, exact: Tensor | None, dtype: torch.dtype
     """Ask for equality where the exact result is a number of the dtype."""
     if bound is None or exact is None:
         return bound
-    return torch.where(_holds(exact, dtype), 0.0, bound)
-
-
-def _holds(exact: Tensor, dtype: torch.dtype) -> Tensor:
-    return exact.to(dtype).double() == exact
+    return torch.where(exact.to(dtype).double() == exact, 0.0, bound)
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -57,7 +57,7 @@ class Rows(NamedTuple):
 def softmax_rows(problem: Problem) -> Rows:
     """Compute scores and weights of every row."""
     power = problem.powers["q"] + problem.powers["k"]
-    products = problem.scale * torch.einsum("bhtd,bhsd->bhts", problem.q, problem.k)
+    products = problem.scale * (problem.q @ problem.k.mT)
     scores = products
     if problem.softcap is not None:
         scores = problem.softcap * torch.tanh(times_power(products, power) / problem.softcap)
@@ -129,8 +129,6 @@ def reference_attention(
     problem = prepare(q, k, v, None, **options)  # type: ignore[arg-type]
     rows = softmax_rows(problem)
     nan = problem.nan_rows
-    out = times_power(_weighted_values(problem, rows), problem.powers["v"])
-    nan_out = nan.unsqueeze(-1) | _reaches(problem.allowed, problem.nan_v)
     max_score = torch.full_like(rows.row_max, -torch.inf)
     if rows.scores.shape[-1]:
         max_score = rows.scores.amax(-1)
@@ -138,7 +136,7 @@ def reference_attention(
     log_weights = log_weights - rows.log_sum.unsqueeze(-1)
     surprise = torch.where(rows.weights > 0, -rows.weights * log_weights, 0.0)
     return Reference(
-        out=out.masked_fill(nan_out, torch.nan),
+        out=exact_output(problem, rows),
         weights=rows.weights.masked_fill(nan.unsqueeze(-1) & problem.allowed, torch.nan),
         lse=(times_power(rows.row_max, rows.power) + rows.log_sum).masked_fill(nan, torch.nan),
         max_score=times_power(max_score, rows.power).masked_fill(nan, torch.nan),
@@ -189,7 +187,18 @@ def reference_gradients(
     options = {"mask": mask, "bias": bias, "scale": scale, "softcap": softcap, "sinks": sinks}
     problem = prepare(q, k, v, grad_out, **options)  # type: ignore[arg-type]
     rows = softmax_rows(problem)
-    back = score_gradients(problem, rows)
+    return exact_gradients(problem, rows, score_gradients(problem, rows))
+
+
+def exact_output(problem: Problem, rows: Rows) -> Tensor:  # (b, h, t, e)
+    """Compute the output, NaN where something that is not finite reaches it."""
+    out = times_power(_weighted_values(problem, rows), problem.powers["v"])
+    nan = problem.nan_rows.unsqueeze(-1) | _reaches(problem.allowed, problem.nan_v)
+    return out.masked_fill(nan, torch.nan)
+
+
+def exact_gradients(problem: Problem, rows: Rows, back: ScoreGradients) -> Gradients:
+    """Take the gradients from the scores to every input."""
     lost = _lost_rows(problem)
     ev_eg = problem.powers["v"] + problem.powers["g"]
     dbias = dsinks = None
@@ -212,9 +221,7 @@ def _input_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Take the gradient of the scores to q and k, and that of the output to v."""
     assert problem.grad_out is not None
-    dq = problem.scale * torch.einsum("bhts,bhsd->bhtd", back.products, problem.k)
-    dk = problem.scale * torch.einsum("bhts,bhtd->bhsd", back.products, problem.q)
-    dv = torch.einsum("bhts,bhte->bhse", rows.weights, problem.grad_out)
+    dq, dk, dv = back.inputs
     # Values meet weights only: a row whose weights are whole gives them an exact gradient.
     nan_k = (problem.allowed & lost.unsqueeze(-1)).any(-2).unsqueeze(-1)
     nan_v = (problem.allowed & problem.nan_rows.unsqueeze(-1)).any(-2).unsqueeze(-1)
@@ -236,19 +243,22 @@ class ScoreGradients(NamedTuple):
     mean: Tensor  # (b, h, t), the weighted mean of the pulls; a sink pulls with 0
     scores: Tensor  # (b, h, t, s), gradient of the scores
     products: Tensor  # (b, h, t, s), gradient of scale * q k^T, below the soft-cap
+    inputs: tuple[Tensor, Tensor, Tensor]  # of q, k and v, a head of k and v for each of q
 
 
 def score_gradients(problem: Problem, rows: Rows) -> ScoreGradients:
     """Take the upstream gradient back to the scores."""
     assert problem.grad_out is not None
-    pulls = torch.einsum("bhte,bhse->bhts", problem.grad_out, problem.v)
+    pulls = problem.grad_out @ problem.v.mT
     mean = (rows.weights * pulls).sum(-1)
     scores = rows.weights * (pulls - mean.unsqueeze(-1))
     products = scores
     if problem.softcap is not None:
         power = problem.powers["q"] + problem.powers["k"]
         products = scores * sech2(times_power(rows.products, power) / problem.softcap)
-    return ScoreGradients(pulls, mean, scores, products)
+    dq, dk = problem.scale * (products @ problem.k), problem.scale * (products.mT @ problem.q)
+    dv = rows.weights.mT @ problem.grad_out
+    return ScoreGradients(pulls, mean, scores, products, (dq, dk, dv))
 
 
 def sech2(x: Tensor) -> Tensor:
@@ -258,7 +268,7 @@ def sech2(x: Tensor) -> Tensor:
 
 
 def _weighted_values(problem: Problem, rows: Rows) -> Tensor:
-    out = torch.einsum("bhts,bhse->bhte", rows.weights, problem.v)
+    out = rows.weights @ problem.v
     if not problem.v.shape[2]:
         return out
     # A mean is no larger than what it is a mean of; rounding could lift it past the largest float.
@@ -270,4 +280,4 @@ def _reaches(allowed: Tensor, bad: Tensor) -> Tensor:
     """Tell which rows see a bad entry, channel by channel: (t, s), (s, e) -> (t, e)."""
     if not bad.any():
         return torch.zeros(*allowed.shape[:-1], bad.shape[-1], dtype=torch.bool)
-    return torch.einsum("bhts,bhse->bhte", allowed.double(), bad.double()) > 0
+    return (allowed.double() @ bad.double()) > 0

@@ -62,35 +62,43 @@ def attention_cases(
     names = [name for name in FAMILIES if extremes or not FAMILIES[name].extreme]
     names = list(families) if families is not None else names
     lengths = _lengths(max_len, empty=empty)
+    # Made once: to make a strategy costs more than to draw from it.
+    pick, yes_or_no, seeds = st.sampled_from, st.booleans(), st.integers(0, 2**16)
+    few, several, widths = pick((1, 2)), pick((1, 2, 3)), pick((1, 2, 4, 8, 16, 33, 64))
+    own_widths = pick((None, None, 1, 8))
+    family, dtype, layout = pick(names), pick(list(dtypes)), pick(list(layouts))
+    mask, garbage = pick(list(masks)), pick(GARBAGE if poison else GARBAGE[:1])
+    added, caps, scales = pick(BIASES), pick((None, 5.0, 30.0)), pick((None, None, 1.0, 0.05))
+    amplitudes = pick((1.0, 0.125, 8.0))
 
     @st.composite
     def cases(draw: st.DrawFn) -> AttentionCase:
         t = draw(lengths, label="queries")
-        alike = equal_lengths or draw(st.booleans(), label="as many keys as queries")
+        alike = equal_lengths or draw(yes_or_no, label="as many keys as queries")
         s = t if alike else draw(lengths, label="keys")
         # Long rows come with few heads: an example must stay cheap enough to shrink.
-        many = (1, 2) if t * s > 2048 else (1, 2, 3)
-        g = draw(st.sampled_from(many), label="key heads")
-        h = g * (draw(st.sampled_from(many), label="queries a key head") if grouped else 1)
-        d = draw(st.sampled_from((1, 2, 4, 8, 16, 33, 64)), label="width")
-        e = d if equal_widths else draw(st.sampled_from((d, d, 1, 8)), label="value width")
-        shape = Shape(draw(st.sampled_from(many), label="batch"), h, g, t, s, d, e)
-        kind = draw(st.sampled_from(list(masks)), label="mask")
-        if kind != "none" and draw(st.booleans(), label="second mask"):
-            kind = f"{kind}&{draw(st.sampled_from(list(masks)), label='and')}".removesuffix("&none")
+        many = few if t * s > 2048 else several
+        g = draw(many, label="key heads")
+        h = g * (draw(many, label="queries a key head") if grouped else 1)
+        d = draw(widths, label="width")
+        e = d if equal_widths else draw(own_widths, label="value width") or d
+        shape = Shape(draw(many, label="batch"), h, g, t, s, d, e)
+        kind = draw(mask, label="mask")
+        if kind != "none" and draw(yes_or_no, label="second mask"):
+            kind = f"{kind}&{draw(mask, label='and')}".removesuffix("&none")
         return AttentionCase.build(
-            family=draw(st.sampled_from(names), label="family"),
-            seed=draw(st.integers(0, 2**16), label="seed"),
+            family=draw(family, label="family"),
+            seed=draw(seeds, label="seed"),
             shape=shape,
-            dtype=draw(st.sampled_from(list(dtypes)), label="dtype"),
+            dtype=draw(dtype, label="dtype"),
             mask=kind,
-            garbage=draw(st.sampled_from(GARBAGE if poison else GARBAGE[:1]), label="garbage"),
-            layout=draw(st.sampled_from(list(layouts)), label="layout"),
-            bias=draw(st.sampled_from(BIASES), label="bias") if bias else "none",
-            softcap=draw(st.sampled_from((None, 5.0, 30.0)), label="softcap") if softcap else None,
-            sinks=draw(st.booleans(), label="sinks") if sinks else False,
-            scale=draw(st.sampled_from((None, None, 1.0, 0.05)), label="scale"),
-            amplitude=draw(st.sampled_from((1.0, 0.125, 8.0)), label="amplitude"),
+            garbage=draw(garbage, label="garbage"),
+            layout=draw(layout, label="layout"),
+            bias=draw(added, label="bias") if bias else "none",
+            softcap=draw(caps, label="softcap") if softcap else None,
+            sinks=draw(yes_or_no, label="sinks") if sinks else False,
+            scale=draw(scales, label="scale"),
+            amplitude=draw(amplitudes, label="amplitude"),
         )
 
     return cases()

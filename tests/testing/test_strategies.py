@@ -7,7 +7,13 @@ import torch
 from hypothesis import HealthCheck, Phase, find, given, settings
 from hypothesis import strategies as st
 
-from stabletx.testing import FAMILIES, AttentionCase, Shape, attention_cases
+from stabletx.testing import (
+    FAMILIES,
+    AttentionCase,
+    Shape,
+    attention_cases,
+    attention_error_bound,
+)
 from stabletx.testing._layouts import LAYOUTS, arranged
 from stabletx.testing._masks import MASKS
 from stabletx.testing.cases import BIASES, GARBAGE
@@ -97,6 +103,19 @@ def test_case_holds_finite_inputs_but_for_its_poison(case):
         assert not bad.any() or (case.poison is not None and bool(case.poison[bad.any(-1)].all()))
     assert case.q.isfinite().all()
     assert case.reference().out.isfinite().all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=attention_cases(extremes=True, bias=True, softcap=True, sinks=True, empty=True))
+def test_judgement_is_the_answer_the_gradients_and_the_bound(case):
+    judged = case.judged()
+    bound = attention_error_bound(case.q, case.k, case.v, grad_out=case.grad_out, **case.options)
+    apart = (case.reference().out, *case.gradients(), *case.bound())
+    together = (judged.out, *judged.gradients, *judged.bound)
+    for a, b in zip(apart, together, strict=True):
+        assert (a is None and b is None) or same(a, b)
+    if not case.exact:
+        assert all(a is None or same(a, b) for a, b in zip(bound, judged.bound, strict=True))
 
 
 @settings(max_examples=30, deadline=None)
