@@ -48,7 +48,7 @@ def forward_errors(problem: Problem, rows: Rows, units: Units) -> ForwardErrors:
     n = problem.k.shape[2]
     products, eta = _score_errors(problem, rows, units)
     t = eta.expm1() + units.exp * eta.exp()
-    sink_t = _sink_error(problem, rows, units)
+    sink_t, sink_floor = _sink_errors(problem, rows, units)
     p, sink_pt = rows.weights, rows.sink_weight * sink_t
     # A maximum that runs along is updated, and everything rescaled, once a block.
     rescales = -(-n // units.profile.block)
@@ -72,7 +72,7 @@ def forward_errors(problem: Problem, rows: Rows, units: Units) -> ForwardErrors:
     gain = (1 + g) ** 2 * (1 + 3 * units.u) / room.clamp(min=_NOTHING)
     most = 1 + 4 * g if g < 0.5 else LOST
     weights = (p * ((1 + t) * gain[..., None] - 1)).clamp(max=most) + floor
-    sink = (rows.sink_weight * ((1 + sink_t) * gain - 1)).clamp(max=most)
+    sink = (rows.sink_weight * ((1 + sink_t) * gain - 1)).clamp(max=most) + sink_floor
     weights = torch.where(problem.allowed, weights, 0.0)
     return ForwardErrors(raw, exact, weights, sink, products, 3 * g)
 
@@ -151,15 +151,19 @@ def _grid(x: Tensor) -> Tensor:  # (..., n, w) -> (..., n)
     return lowest.amin(-1) if x.shape[-1] else lowest.sum(-1)
 
 
-def _sink_error(problem: Problem, rows: Rows, units: Units) -> Tensor:  # (b, h, t)
-    """Bound the relative error of the sink's exponential."""
+def _sink_errors(problem: Problem, rows: Rows, units: Units) -> tuple[Tensor, Tensor]:
+    """Bound the relative error of the sink's exponential, and what is lost where it becomes 0."""
     if problem.sinks is None:
-        return torch.zeros_like(rows.row_max)
+        none = torch.zeros_like(rows.row_max)
+        return none, none
     sinks = problem.sinks.clamp(min=-1e300)[None, :, None]
-    shift = (sinks - times_power(rows.row_max, rows.power)).abs()
-    eta = 3 * units.u * shift + (units.scores + units.u) * sinks.abs()
-    eta = torch.where(problem.sinks.isneginf()[None, :, None], 0.0, eta).clamp(max=_LARGE)
-    return eta.expm1() + units.exp * eta.exp()
+    shift = sinks - times_power(rows.row_max, rows.power)
+    eta = 3 * units.u * shift.abs() + (units.scores + units.u) * sinks.abs()
+    absent = problem.sinks.isneginf()[None, :, None]
+    eta = torch.where(absent, 0.0, eta).clamp(max=_LARGE)
+    low = ~absent & ((shift - eta).exp() < 4 * units.tiny)
+    floor = rows.sink_weight.clamp(max=4 * units.tiny) + 2 * units.grain
+    return eta.expm1() + units.exp * eta.exp(), torch.where(low, floor, 0.0)
 
 
 def _flushed(problem: Problem, rows: Rows, eta: Tensor, units: Units) -> Tensor:

@@ -61,6 +61,28 @@ def test_sums_over_rows_may_pass_the_largest_value_on_their_way(method):
     assert (found["dsinks"] - exact.dsinks).abs().le(case.bound().dsinks).all()
 
 
+@every_method
+def test_sinks_whose_weight_is_below_the_normal_range_stay_inside_the_bound(method):
+    # The scores lie near 100: a sink weighs about e**-100, which float32 rounds to few digits.
+    case = AttentionCase.build(family="dominant", shape=(2, 6, 2, 1, 2, 64, 64), sinks=True)
+    found, judged = run(case, method), case.judged()
+    assert (found["dsinks"] - judged.gradients.dsinks).abs().le(judged.bound.dsinks).all()
+
+
+@every_method
+def test_sums_over_grouped_heads_may_pass_the_largest_value_on_their_way(method):
+    # Two query heads read one key: their parts of its gradient have opposite signs.
+    case = AttentionCase.build(
+        family="huge_values", seed=24, shape=(1, 2, 1, 2, 1, 8, 8), dtype=torch.float64,
+        bias="gaussian", sinks=True, amplitude=8.0,
+    )  # fmt: skip
+    found, judged = run(case, method), case.judged()
+    exact = judged.gradients.dk
+    near = (exact.abs() > 1.7e308) & exact.isfinite()
+    assert near.any()
+    assert (found["dk"] - exact).abs()[near].le(judged.bound.dk[near]).all()
+
+
 def tied_maxima(dtype):
     """Give half of the keys one and the same direction and the values one sign."""
     r = torch.Generator().manual_seed(0)

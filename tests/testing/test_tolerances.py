@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -115,6 +116,15 @@ def build(family, dtype, seed):
 def judged(family, dtype, seed, profile):
     case = build(family, dtype, seed)
     return case, case.bound(profile), (case.reference().out, *case.gradients())
+
+
+@pytest.mark.parametrize(("sink", "lost"), [(0.0, False), (-80.0, False), (-100.0, True)])
+def test_bound_lets_a_sink_be_lost_only_below_the_normal_range(sink, lost):
+    # exp(-80) is a normal float32, exp(-100) is not: a kernel may take it for 0.
+    x, one = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
+    case = replace(AttentionCase.build(), q=x, k=x, v=one, grad_out=one, sinks=torch.tensor([sink]))
+    judged = case.judged()
+    assert bool(judged.gradients.dsinks.abs() <= judged.bound.dsinks) == lost
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
