@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from stabletx import _checks
@@ -65,15 +66,13 @@ def extended(problem: Problem, allowed: Tensor | None) -> tuple[Tensor, ...]:
     Returns:
         out, lse, max_score, entropy, weights as the formula's, the first two with a gradient.
     """
-    h = problem.q.shape[1]
-    k, v = repeat_heads(problem.k, h), repeat_heads(problem.v, h)
     bias = None if problem.bias is None else problem.bias.double()
     sinks = None if problem.sinks is None else problem.sinks.double()
     _checks.check_method_can(
         "float64 near its largest value", "dropout" if problem.dropout_p else ""
     )
     return _Extended.apply(  # type: ignore[no-any-return, no-untyped-call]
-        problem.q, k, v, bias, sinks, problem, allowed
+        problem.q, problem.k, problem.v, bias, sinks, problem, allowed
     )
 
 
@@ -143,10 +142,11 @@ class _Extended(torch.autograd.Function):
         problem: Problem,
         allowed: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        found = _softmax(Scaled.rows(q), Scaled.rows(k), bias, sinks, problem, allowed)
+        keys, values = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
+        found = _softmax(Scaled.rows(q), Scaled.rows(keys), bias, sinks, problem, allowed)
         # The mean of the values is no larger than the largest of them, whatever rounding says.
         ceiling = torch.finfo(torch.float64).max / 4
-        out = (found.weights @ (v * 0.25)).clamp(-ceiling, ceiling) * 4.0
+        out = (found.weights @ (values * 0.25)).clamp(-ceiling, ceiling) * 4.0
         ctx.save_for_backward(q, k, v, bias, sinks, allowed)
         ctx.problem = problem
         ctx.mark_non_differentiable(found.top, found.entropy, found.weights)
@@ -157,9 +157,10 @@ class _Extended(torch.autograd.Function):
         _checks.check_first_derivative(torch.is_grad_enabled())
         q, k, v, bias, sinks, allowed = ctx.saved_tensors
         problem: Problem = ctx.problem
-        q, k = Scaled.rows(q), Scaled.rows(k)
+        h, g = q.shape[1], k.shape[1]
+        q, k, v = (Scaled.rows(repeat_heads(x, h)) for x in (q, k, v))
         found = _softmax(q, k, bias, sinks, problem, allowed)
-        grad, v = Scaled.rows(grads[0]), Scaled.rows(v)
+        grad = Scaled.rows(grads[0])
         pushed = Scaled(grad.x @ v.x.transpose(-1, -2), grad.power + v.power.transpose(-1, -2))
         pushed = pushed.levelled(-1)
         mean = (found.weights * pushed.x).sum(-1, keepdim=True)
@@ -177,9 +178,9 @@ class _Extended(torch.autograd.Function):
         to_q = to_q.levelled(-1)
         grad_q = Scaled(to_q.x @ k.x * problem.scale, to_q.power + grad_scores.power)
         to_k = Scaled(grad_scores.x, grad_scores.power + q.power).levelled(-2)
-        grad_k = _transposed_product(to_k, q.x * problem.scale)
+        grad_k = _sum_over_groups(_transposed_product(to_k, q.x * problem.scale), g)
         to_v = Scaled(found.weights, grad.power).levelled(-2)
-        grad_v = _transposed_product(to_v, grad.x)
+        grad_v = _sum_over_groups(_transposed_product(to_v, grad.x), g)
         return grad_q.value(), grad_k, grad_v, grad_bias, grad_sinks, None, None
 
 
@@ -192,6 +193,15 @@ def _sum_to_shape(terms: Scaled, shape: Sequence[int]) -> Tensor:
     return Scaled(level.x.sum(axes, keepdim=True), level.power).value()
 
 
-def _transposed_product(a: Scaled, b: Tensor) -> Tensor:
+def _transposed_product(a: Scaled, b: Tensor) -> Scaled:
     power = a.power.transpose(-1, -2) if a.power.ndim else a.power
-    return Scaled(a.x.transpose(-1, -2) @ b, power).value()
+    return Scaled(a.x.transpose(-1, -2) @ b, power)
+
+
+def _sum_over_groups(terms: Scaled, n_kv_heads: int) -> Tensor:
+    """Sum the query heads of each key/value head."""
+    x = rearrange(terms.x, "b (g r) s d -> b g r s d", g=n_kv_heads)
+    power = terms.power.expand(*terms.x.shape[:3], 1)
+    power = rearrange(power, "b (g r) s 1 -> b g r s 1", g=n_kv_heads)
+    total = _sum_to_shape(Scaled(x, power), (*x.shape[:2], 1, *x.shape[3:]))
+    return rearrange(total, "b g 1 s d -> b g s d")
