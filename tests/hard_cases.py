@@ -283,7 +283,7 @@ def eager_with_additive_mask(
 
 def ours(method: str) -> Implementation:
     """Call ours by one method."""
-    from stabletx import attention
+    from tests.ways import attention
 
     def run(
         q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, scale: float
@@ -295,6 +295,7 @@ def ours(method: str) -> Implementation:
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "stabletx auto": ours("auto"),
+    "stabletx kernel": ours("kernel"),
     "stabletx tiled": ours("tiled"),
     "stabletx exact": ours("exact"),
     "torch default": torch_default,

@@ -19,10 +19,9 @@ from typing import NamedTuple
 import torch
 from hypothesis import HealthCheck, given, seed, settings
 
-from stabletx import attention
 from stabletx.testing.strategies import attention_cases
+from tests.ways import METHODS, attention
 
-METHODS = ("auto", "tiled", "exact")
 CASES_A_PART = 2_500
 PARTS = 40
 

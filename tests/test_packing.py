@@ -145,6 +145,39 @@ def test_packed_attention_has_right_derivatives_of_both_orders(is_causal):
     assert gradgradcheck(run, inputs)
 
 
+def test_packed_attention_takes_a_scale():
+    plan = Plan.of_lengths(torch.tensor([2, 1, 2]))
+    q, k, v = heads(5)
+    by_scale = packed_attention(q, k, v, plan, scale=2.0)
+    assert torch.equal(by_scale, packed_attention(4 * q, k, v, plan, scale=0.5))
+
+
+@pytest.mark.parametrize("length", [2, 300])  # the longer is cut into tiles
+def test_packed_dropout_drops_its_share_and_repeats_with_a_seed(length):
+    plan = Plan.of_lengths(torch.full((4,), length))
+    zero = torch.zeros(4 * length, 16, 1)
+    options = {"dropout_p": 0.25, "training": True}
+    torch.manual_seed(0)
+    v = torch.ones_like(zero, requires_grad=True)
+    out = packed_attention(zero, zero, v, plan, **options)
+    (grad,) = torch.autograd.grad(out.sum(), v)
+    torch.manual_seed(0)
+    assert torch.equal(packed_attention(zero, zero, v, plan, **options), out)
+    spread = (0.25 / 0.75 / out.numel() / length) ** 0.5  # of the mean of all weights
+    assert abs(out.mean() - 1) < 5 * spread
+    assert out.std() > 0
+    # What a weight carries forward it carries back, each sum of ``length`` terms rounded.
+    assert (grad.sum() - out.sum()).abs() <= length * torch.finfo(torch.float32).eps * out.sum()
+    still = packed_attention(zero, zero, v, plan, dropout_p=0.25, training=False)
+    assert torch.equal(still, torch.ones_like(v))
+
+
+def test_packed_attention_asks_for_the_mode_where_it_may_drop():
+    plan = Plan.of_lengths(torch.tensor([1]))
+    with pytest.raises(ValueError, match="training must be True or False where dropout_p > 0"):
+        packed_attention(*heads(1), plan, dropout_p=0.1)
+
+
 def test_packed_attention_goes_through_torch_func():
     plan = Plan.of_lengths(torch.tensor([2, 1]))
 

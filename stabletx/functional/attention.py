@@ -215,8 +215,8 @@ def _choose(problem: Problem, method: str, *, stats: bool, weights: bool) -> tup
     if stats:
         return tiles, "tiled", "details need every row's scores, which the kernel keeps"
     if obstacle:
-        return _by_tiles, "tiled", f"the fused kernel cannot take it: {obstacle}"
-    return _by_kernel, "fused", "nothing stands against torch's fused kernel"
+        return _by_tiles, "tiled", f"torch's kernels cannot take it: {obstacle}"
+    return _by_kernel, "fused", "nothing stands against torch's kernels"
 
 
 def needs_plain_operations(problem: Problem) -> str:

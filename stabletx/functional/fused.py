@@ -1,8 +1,8 @@
-"""Attention through torch's fused CPU kernel, on as little of the problem as gives the answer.
+"""Attention through torch's own CPU kernels, on as little of the problem as gives the answer.
 
-The kernel keeps the contract where its inputs are finite and its scores are moderate
-(``_guards.within_limits``). It sees float32 or float64 only: 16-bit inputs are converted, which is
-more accurate and, for float16, several times faster than the kernel's own 16-bit code.
+They keep the contract where the inputs are finite and the scores moderate
+(``_guards.within_limits``). They see float32 or float64 only: 16-bit inputs are converted, which is
+more accurate and, for float16, several times faster than torch's own 16-bit code.
 
 Keys that a batch row may not see are cut off rather than masked, and a causal or windowed problem
 is split by queries where that saves work, so blocked keys cost nothing.
@@ -12,13 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from stabletx import _checks
 from stabletx._precision import compute_dtype, is_sixteen_bit
 from stabletx.functional._guards import repeat_heads
+from stabletx.functional._kernels import PAIRS, How, Kept, attend, gradients
 from stabletx.functional._problem import Problem
 from stabletx.functional._sight import Sight
 
@@ -49,11 +52,20 @@ class _Piece:
     def inputs(
         self, q: Tensor, k: Tensor, v: Tensor, work: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Cut out what the kernel reads, as it wants it."""
+        """Cut out what is read, in the dtype computed in."""
         block = q[self.batch, :, self.rows]
-        parts = (x.to(work) for x in (block, self.cut(k), self.cut(v)))
-        q, k, v = (_last_stride_one(x) for x in parts)
-        return q, k, v
+        return block.to(work), self.cut(k).to(work), self.cut(v).to(work)
+
+    def is_whole(self, problem: Problem) -> bool:
+        """Tell whether the piece is all of the problem."""
+        b, _, t, _ = problem.q.shape
+        if not isinstance(self.keys, slice) or self.keys != slice(0, problem.k.shape[2]):
+            return False
+        return self.batch == slice(0, b) and self.rows == slice(0, t)
+
+    def how(self, problem: Problem) -> How:
+        """Say what is asked beside the tensors."""
+        return How(problem.scale, self.is_causal, problem.dropout_p)
 
     def add_keys(self, whole: Tensor, part: Tensor) -> None:
         """Add to the gradient of the keys that the piece read."""
@@ -63,7 +75,7 @@ class _Piece:
             whole[self.batch].index_add_(2, self.keys, part.to(whole.dtype))
 
     def mask(self, problem: Problem, sight: Sight, dtype: torch.dtype) -> Tensor | None:
-        """Write out what the kernel adds to the scores: the bias, -inf where blocked."""
+        """Write out what is added to the scores: the bias, -inf where blocked."""
         if self.is_full and problem.bias is None:
             return None
         cols = self.keys
@@ -79,10 +91,7 @@ class _Piece:
         if allowed is not None:
             allowed = allowed if allowed.shape[0] == 1 else allowed[self.batch]
             added = torch.where(allowed, added, -torch.inf)
-        n_rows = self.rows.stop - self.rows.start
-        return added.expand(
-            self.batch.stop - self.batch.start, problem.q.shape[1], n_rows, len(cols)
-        )
+        return added.expand(*added.shape[:3], len(cols))
 
 
 def can_fuse(problem: Problem) -> str:
@@ -93,8 +102,8 @@ def can_fuse(problem: Problem) -> str:
         return "a soft-cap"
     if problem.sinks is not None:
         return "sinks"
-    if problem.dropout_p > 0:
-        return "dropout on the weights"
+    if problem.dropout_p > 0 and problem.q.shape[2] * problem.k.shape[2] > PAIRS:
+        return "dropout on the weights of long rows"
     if problem.bias is not None and problem.bias.requires_grad and torch.is_grad_enabled():
         return "a bias that wants a gradient"
     if problem.q.shape[3] != problem.v.shape[3]:
@@ -105,7 +114,7 @@ def can_fuse(problem: Problem) -> str:
 
 
 def fused(problem: Problem, sight: Sight, exact: Exact) -> Tensor:
-    """Attend through the fused kernel, in the dtype of q; ``exact`` serves higher derivatives."""
+    """Attend through torch's kernels, in the dtype of q; ``exact`` serves higher derivatives."""
     pieces = list(_pieces(sight, problem.q))
     out: Tensor
     if problem.needs_grad:
@@ -113,7 +122,7 @@ def fused(problem: Problem, sight: Sight, exact: Exact) -> Tensor:
             problem.q, problem.k, problem.v, problem, sight, pieces, exact
         )
     else:
-        out = _assemble(problem, pieces, (part for part, _ in _parts(problem, sight, pieces)))
+        out, _ = _attended(problem, sight, pieces, keep=False)
     has_key = sight.rows_with_a_key()
     if has_key is None or bool(has_key.all()):
         return out
@@ -191,33 +200,26 @@ def _row_pieces(sight: Sight, batch: slice, keys: slice | Tensor) -> Iterator[_P
         yield _Piece(batch, rows, seen, is_causal=False, is_full=is_full)
 
 
-def _parts(problem: Problem, sight: Sight, pieces: list[_Piece]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Run the kernel on each piece; its output and logsumexp, in the dtype computed in."""
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    work = compute_dtype(problem.q.dtype)
+def _attended(
+    problem: Problem, sight: Sight, pieces: list[_Piece], *, keep: bool
+) -> tuple[Tensor, list[Kept]]:
+    """Give the output, rounded once, and what its gradients want; rows without a key are unset."""
+    dtype, work = problem.q.dtype, compute_dtype(problem.q.dtype)
+    in_one = len(pieces) == 1 and pieces[0].is_whole(problem)
+    out = torch.empty_like(problem.q)
+    kept = []
     for piece in pieces:
-        q, k, v = piece.inputs(problem.q, problem.k, problem.v, work)
-        mask = piece.mask(problem, sight, work)
-        yield kernel(q, k, v, 0.0, piece.is_causal, attn_mask=mask, scale=problem.scale)
-
-
-def _assemble(problem: Problem, pieces: list[_Piece], parts: Iterable[Tensor]) -> Tensor:
-    """Put the pieces' outputs together, rounded once; rows without a key are left as they are."""
-    out = None
-    for piece, part in zip(pieces, parts, strict=True):
-        if len(pieces) == 1 and tuple(part.shape) == problem.out_shape:
-            return part.to(problem.q.dtype)
-        out = problem.q.new_empty(problem.out_shape) if out is None else out
-        out[piece.batch, :, piece.rows] = part
-    return problem.q.new_zeros(problem.out_shape) if out is None else out
-
-
-def _last_stride_one(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+        inputs = piece.inputs(problem.q, problem.k, problem.v, work)
+        target = None if in_one and dtype == work else out[piece.batch, :, piece.rows]
+        added, how = piece.mask(problem, sight, work), piece.how(problem)
+        part, wanted = attend(*inputs, added, how, keep=keep, out=target)
+        out = part if target is None else out
+        kept.append(wanted)
+    return out, kept
 
 
 class _Fused(torch.autograd.Function):
-    """The kernel with its own backward, and the exact formula for derivatives beyond the first."""
+    """The pieces with their own backward; the exact formula for derivatives beyond the first."""
 
     @staticmethod
     def forward(
@@ -230,56 +232,53 @@ class _Fused(torch.autograd.Function):
         pieces: list[_Piece],
         exact: Exact,
     ) -> Tensor:
-        saved = list(_parts(problem, sight, pieces))
-        out = _assemble(problem, pieces, (part for part, _ in saved))
-        # The row term of the backward pass wants the output as it was before it was rounded.
-        ctx.save_for_backward(q, k, v, *(x for pair in saved for x in pair))
-        ctx.rest = (problem, sight, pieces, exact)
+        out, kept = _attended(problem, sight, pieces, keep=True)
+        ctx.save_for_backward(q, k, v, *(x for own in kept for x in own))
+        ctx.rest = (problem, sight, pieces, [len(own) for own in kept], exact)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *saved = ctx.saved_tensors
-        problem, sight, pieces, exact = ctx.rest
+        problem, sight, pieces, counts, exact = ctx.rest
         if torch.is_grad_enabled():
+            _checks.check_no_dropout(problem.dropout_p)
             wanted = [x for x in (q, k, v) if x.requires_grad]
             again = exact(problem.with_tensors(q, k, v)).to(grad_out.dtype)
             found = iter(
                 torch.autograd.grad(again, wanted, grad_out, create_graph=True, allow_unused=True)
             )
             return (*(next(found) if x.requires_grad else None for x in (q, k, v)), *[None] * 4)
-        pairs = zip(saved[::2], saved[1::2], strict=True)
-        return (
-            *_gradients(problem.with_tensors(q, k, v), sight, pieces, pairs, grad_out),
-            *[None] * 4,
-        )
+        rest = iter(saved)
+        kept = (tuple(islice(rest, n)) for n in counts)
+        again = problem.with_tensors(q, k, v)
+        return (*_gradients(again, sight, pieces, kept, grad_out), *[None] * 4)
 
 
 def _gradients(
     problem: Problem,
     sight: Sight,
     pieces: list[_Piece],
-    saved: Iterable[tuple[Tensor, Tensor]],
+    saved: Iterable[Kept],
     grad_out: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     inputs = (problem.q, problem.k, problem.v)
-    work = compute_dtype(problem.q.dtype)
+    dtype, work = problem.q.dtype, compute_dtype(problem.q.dtype)
+
+    def of_piece(piece: _Piece, kept: Kept) -> tuple[Tensor, Tensor, Tensor]:
+        grad = grad_out[piece.batch, :, piece.rows].to(work)
+        added = piece.mask(problem, sight, work)
+        return gradients(grad, *piece.inputs(*inputs, work), added, kept, piece.how(problem))
+
+    if len(pieces) == 1 and pieces[0].is_whole(problem):
+        dq, dk, dv = of_piece(pieces[0], *saved)
+        return dq.to(dtype), dk.to(dtype), dv.to(dtype)
     # Keys that several pieces share gather their gradient in the dtype computed in.
     shared = len({piece.batch.start for piece in pieces}) < len(pieces)
-    gathered = work if shared else problem.q.dtype
-    dq, dk, dv = (torch.zeros_like(x, dtype=gathered) for x in inputs)
-    for piece, (out, log) in zip(pieces, saved, strict=True):
-        q, k, v = piece.inputs(*inputs, work)
-        part = _last_stride_one(grad_out[piece.batch, :, piece.rows].to(work))
-        mask = piece.mask(problem, sight, work)
-        parts = kernel(
-            part, q, k, v, out, log, 0.0, piece.is_causal, attn_mask=mask, scale=problem.scale
-        )
-        if len(pieces) == 1 and parts[0].shape == dq.shape and parts[1].shape == dk.shape:
-            return parts[0].to(dq.dtype), parts[1].to(dq.dtype), parts[2].to(dq.dtype)
+    dq, dk, dv = (torch.zeros_like(x, dtype=work if shared else dtype) for x in inputs)
+    for piece, kept in zip(pieces, saved, strict=True):
+        parts = of_piece(piece, kept)
         dq[piece.batch, :, piece.rows] = parts[0]
         for whole, part in ((dk, parts[1]), (dv, parts[2])):
             piece.add_keys(whole, part)
-    dtype = problem.q.dtype
     return dq.to(dtype), dk.to(dtype), dv.to(dtype)

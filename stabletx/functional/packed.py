@@ -9,6 +9,7 @@ from torch import Tensor
 from stabletx import _checks
 from stabletx._precision import is_sixteen_bit
 from stabletx.functional._guards import within_limits
+from stabletx.functional._kernels import PAIRS, How
 from stabletx.functional._problem import checked_problem
 from stabletx.functional._runs import attend_runs
 from stabletx.functional._sight import values_may_be_read
@@ -55,8 +56,8 @@ def packed_attention(
         ValueError: as :func:`stabletx.attention`, or if q does not hold the plan's tokens.
 
     Numerics: as :func:`stabletx.attention`. On CUDA 16-bit inputs go through torch's varlen
-        kernel, and nothing waits for the device. With a mask, a bias or a scale each run of equal
-        lengths is a call of its own.
+        kernel, and nothing waits for the device. With a mask or a bias each run of equal lengths is
+        a call of its own.
 
     >>> plan = Plan.of_lengths(torch.tensor([1, 2]))
     >>> x = torch.zeros(3, 1, 4)
@@ -66,9 +67,12 @@ def packed_attention(
     for name, x, axes in (("q", q, "n h d"), ("k", k, "n g d"), ("v", v, "n g e")):
         _checks.check_axes(name, x, axes, "Split the heads first.")
         _checks.check_same("number of tokens", name, x.shape[0], "plan", plan.n_tokens)
-    is_plain = mask is None and bias is None and scale is None
-    by_varlen = is_plain and q.device.type == "cuda" and is_sixteen_bit(q.dtype)
-    if by_varlen and method == "auto" and dropout_p == 0.0 and q.shape[2] == v.shape[2]:
+    _checks.check_probability("dropout_p", dropout_p)
+    _checks.check_training_given(dropout_p, training)
+    dropped = dropout_p if training else 0.0
+    is_plain = mask is None and bias is None and method == "auto"
+    by_varlen = is_plain and scale is None and q.device.type == "cuda" and is_sixteen_bit(q.dtype)
+    if by_varlen and dropped == 0.0 and q.shape[2] == v.shape[2]:
         return _varlen(q, k, v, plan, is_causal)
 
     def one_by_one(q: Tensor, k: Tensor, v: Tensor, method: Method) -> Tensor:
@@ -77,29 +81,32 @@ def packed_attention(
             rule = Mask.causal() if mask is None else Mask.causal() & mask
         return _run_by_run(q, k, v, plan, rule, bias, scale, dropout_p, training, method)
 
-    if is_plain and method == "auto" and _kernel_may_take_all(q, k, v, plan, is_causal, dropout_p):
-        return attend_runs(
-            q, k, v, plan, is_causal=is_causal,
-            exact=lambda q, k, v: one_by_one(q, k, v, "exact"),
-        )  # fmt: skip
+    if is_plain and _fits_in_one_step(plan, is_causal, dropped):
+        how = _how(q, k, v, scale, is_causal, dropped)
+        if how is not None:
+            return attend_runs(q, k, v, plan, how, lambda q, k, v: one_by_one(q, k, v, "exact"))
     return one_by_one(q, k, v, method)
 
 
-def _kernel_may_take_all(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, is_causal: bool, dropout_p: float
-) -> bool:
-    """Tell whether every run is what :func:`attention` would give to the kernel in one piece."""
-    if dropout_p > 0 or (is_causal and plan.max_length > SPLIT_ROWS) or not values_may_be_read(q):
-        return False
+def _fits_in_one_step(plan: Plan, is_causal: bool, dropout_p: float) -> bool:
+    """Tell whether :func:`attention` would cut no run, nor find it too long for dropout."""
+    longest = plan.max_length
+    return longest <= SPLIT_ROWS or not (is_causal or (dropout_p > 0 and longest**2 > PAIRS))
+
+
+def _how(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, is_causal: bool, dropout_p: float
+) -> How | None:
+    """Say what is asked of torch's kernels; None where they are not safe for some token."""
     q, k, v = (rearrange(x, "n h d -> 1 h n d") for x in (q, k, v))
     problem = checked_problem(
-        q, k, v, mask=None, bias=None, scale=None, softcap=None, sinks=None,
+        q, k, v, mask=None, bias=None, scale=scale, softcap=None, sinks=None,
         dropout_p=0.0, training=None,
     )  # fmt: skip
-    if can_fuse(problem) or needs_plain_operations(problem):
-        return False
+    if not values_may_be_read(q) or can_fuse(problem) or needs_plain_operations(problem):
+        return None
     # A bound on all tokens together holds for those of each sequence.
-    return within_limits(problem)
+    return How(problem.scale, is_causal, dropout_p) if within_limits(problem) else None
 
 
 def _run_by_run(

@@ -81,7 +81,7 @@ class EncoderBlock(nn.Module):
         use_bias: whether linear maps have one.
         attention_scale: factor on the products; None takes ``d_head ** -0.5``.
         dropout_p: probability for the two branches.
-        attention_dropout_p: probability for attention weights; leaves the fused kernel.
+        attention_dropout_p: probability for attention weights; slower beyond 256 tokens.
         recompute_feed_forward: save memory while training; see :class:`FeedForward`.
         method: as in :func:`stabletx.attention`.
 

@@ -147,7 +147,7 @@ class TransformerConfig(_Fields):
         d_ff: size within the feed-forward part; None: see :class:`stabletx.FeedForward`.
         max_seq_len: tokens; learned positions end there, others go on.
         dropout_p: probability for embeddings, branches and the pooled vector, while training.
-        attention_dropout_p: probability for attention weights; leaves the fused kernel.
+        attention_dropout_p: probability for attention weights; slower beyond 256 tokens.
         recompute_feed_forward: while training, work out the wide activations again in the backward
             pass instead of keeping them: less memory, about a tenth more time.
         norm_position: "pre" (with a last norm), "post" (embeddings normed instead) or "peri"

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
-from stabletx import Mask, attention, attention_details
+from stabletx import Mask
+from stabletx.testing import attention_error_bound, reference_attention
+from tests.ways import METHODS, attention, attention_details
 
-METHODS = ["auto", "tiled", "exact"]
 every_method = pytest.mark.parametrize("method", METHODS)
 
 
@@ -66,6 +67,17 @@ def test_gradient_of_a_broadcast_bias_has_its_shape(axes, method):
     assert gradcheck(lambda bias: attention(q, k, v, bias=bias, method=method), (bias,))
 
 
+@every_method
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_bias_joins_every_mask(method, mask):
+    q, k, v, bias, _ = (x.detach() for x in inputs(dtype=torch.float32))
+    found = attention(q, k, v, mask=MASKS[mask], bias=bias, method=method)
+    allowed = None if MASKS[mask] is None else MASKS[mask].to_dense(5, 5)
+    exact = reference_attention(q, k, v, mask=allowed, bias=bias).out
+    bound = attention_error_bound(q, k, v, mask=allowed, bias=bias).out
+    assert ((found - exact).abs() <= bound).all()
+
+
 def test_hessian_jvp_and_vmap_are_those_of_the_formula():
     q, k, v, _, _ = (x.detach() for x in inputs())
 
@@ -92,9 +104,10 @@ def test_hessian_jvp_and_vmap_are_those_of_the_formula():
 
 def test_second_derivative_through_dropout_is_refused():
     q, k, v, _, _ = inputs()
-    out = attention(q, k, v, dropout_p=0.5, training=True, method="tiled")
-    with pytest.raises(RuntimeError, match=r'dropout_p=0.5. Pass method="exact"'):
-        torch.autograd.grad(out.sum(), q, create_graph=True)
+    for method in ("fused", "tiled"):
+        out = attention(q, k, v, dropout_p=0.5, training=True, method=method)
+        with pytest.raises(RuntimeError, match=r'dropout_p=0.5. Pass method="exact"'):
+            torch.autograd.grad(out.sum(), q, create_graph=True)
     out = attention(q, k, v, dropout_p=0.5, training=True, method="exact")
     first = torch.autograd.grad(out.sum(), q, create_graph=True)[0]
     assert torch.autograd.grad(first.sum(), k)[0].isfinite().all()
@@ -160,7 +173,6 @@ def test_auto_says_what_it_took_and_why():
     [
         ({"softcap": 1.0}, "a soft-cap"),
         ({"sinks": torch.zeros(2)}, "sinks"),
-        ({"dropout_p": 0.5, "training": True}, "dropout on the weights"),
         ({"bias": torch.zeros(1, 1, 1, 1, requires_grad=True)}, "a bias that wants a gradient"),
     ],
 )
@@ -168,6 +180,14 @@ def test_fused_says_what_it_cannot_express(options, why):
     q, k, v, _, _ = inputs(dtype=torch.float32)
     with pytest.raises(ValueError, match=f"got method='fused' with {why}"):
         attention(q, k, v, method="fused", **options)
+
+
+def test_fused_drops_weights_of_short_rows_alone():
+    q = torch.zeros(1, 1, 257, 1)
+    options = {"dropout_p": 0.5, "training": True, "method": "fused"}
+    assert attention(q[:, :, :1], q, q + 1, **options).shape == (1, 1, 1, 1)
+    with pytest.raises(ValueError, match="with dropout on the weights of long rows"):
+        attention(q, q, q, **options)
 
 
 def test_methods_say_what_they_cannot_express():

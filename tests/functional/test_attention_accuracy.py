@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stabletx import attention
 from stabletx.testing.cases import AttentionCase
 from stabletx.testing.reference import reference_attention, reference_gradients
 from stabletx.testing.strategies import attention_cases
 from stabletx.testing.tolerances import condition_scales, condition_ulps, spacing
-from tests.many_cases import METHODS, PARTS, answers, hold_to_the_bound, run
+from tests.many_cases import PARTS, answers, hold_to_the_bound, run
+from tests.ways import METHODS, attention
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SIXTEEN_BIT = [torch.bfloat16, torch.float16]

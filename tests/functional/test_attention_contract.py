@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stabletx import Mask, attention, attention_details
+from stabletx import Mask
+from tests.ways import METHODS, attention, attention_details
 
-METHODS = ["auto", "tiled", "exact"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 every_method = pytest.mark.parametrize("method", METHODS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -3,9 +3,10 @@
 import pytest
 
 from tests.hard_cases import DTYPES, IMPLEMENTATIONS, SITUATIONS, verdict
+from tests.ways import METHODS
 
 
-@pytest.mark.parametrize("method", ["auto", "tiled", "exact"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("situation", SITUATIONS)
 def test_attention_is_right_in_every_hard_situation(method, situation):
     found = {str(d): verdict(IMPLEMENTATIONS[f"stabletx {method}"], situation, d) for d in DTYPES}
