@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.apart import Apart
 from benchmarks.interleave import Call, Timing, in_turns
 from benchmarks.machine import FLOPS_OF_GEMM, READ_BYTES, limits
 
@@ -77,22 +79,31 @@ class Contest:
     """What a case builds.
 
     Attributes:
-        makers: by name, what builds each callable; one that raises ImportError is left out.
+        makers: by name, what builds each contestant; one that raises ImportError is left out.
         error: how far a result lies from the judge's, largest difference.
         allowed: largest error that is still the right answer, by name, or for all as "".
         dtype: of the products, for the machine's limit.
         flops: that the work needs, or 0.
         n_bytes: of memory that the work must read, or 0.
         about: what else to record.
+        device: where it runs.
+        is_inference: whether it is called in inference mode.
     """
 
-    makers: dict[str, Callable[[], Call]]
+    makers: dict[str, Callable[[], Call | Apart]]
     error: Callable[[Any], float]
     allowed: dict[str, float]
     dtype: torch.dtype = torch.float32
     flops: float = 0.0
     n_bytes: float = 0.0
     about: dict[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
+    is_inference: bool = False
+
+    def apart(self, part: str, workload: str) -> Contest:
+        """Put every contestant into a process of its own, where ``part`` builds it by its name."""
+        made = {name: partial(Apart, part, workload, name, self.device) for name in self.makers}
+        return replace(self, makers=made)
 
 
 def hold(contest: Contest, settings: Settings) -> Outcome:
@@ -101,18 +112,20 @@ def hold(contest: Contest, settings: Settings) -> Outcome:
     Raises:
         BenchmarkError: if stabletx itself is wrong.
     """
-    rows, calls = {}, {}
+    rows: dict[str, Row] = {}
+    calls: dict[str, Call | Apart] = {}
     for name, make in contest.makers.items():
         rows[name] = row = Row()
         try:
-            call = make()
+            contestant = make()
         except ImportError as missing:
             row.reason = f"{missing.name or missing} is not installed"
             continue
-        row.error = contest.error(call())
+        is_apart = isinstance(contestant, Apart)
+        row.error = contestant.error if is_apart else contest.error(contestant())
         allowed = contest.allowed.get(name, contest.allowed[""])
         if row.error <= allowed:
-            calls[name] = call
+            calls[name] = contestant
         elif name == OURS:
             raise BenchmarkError(f"{OURS} is off by {row.error:.3g}, more than {allowed:.3g}.")
         else:
@@ -125,6 +138,9 @@ def hold(contest: Contest, settings: Settings) -> Outcome:
         seconds_a_turn=0.0 if settings.is_quick else 0.03,
         device=settings.device,
     )
+    for contestant in calls.values():
+        if isinstance(contestant, Apart):
+            contestant.close()
     for name in calls:
         rows[name] = timed(rows[name], timings[name], timings[OURS])
     about = {**contest.about, **_shares(contest, timings)} if machine else dict(contest.about)

@@ -35,23 +35,25 @@ class Work(NamedTuple):
 def cases(settings: Settings) -> list[Case]:
     """List the workloads; on CUDA in bfloat16."""
     asked: list[dict[str, float]] = [{HF: 0.68, CT2: 1.05}, {HF: 0.48}]
+    works = _works(settings.device)
     if settings.is_quick:
         tiny = weights.Sizes(32, 1, 4, 32, vocab_size=50)
         works = [Work("tiny-b2-float32", tiny, 2, 4, 4)]
         asked = [{}]
     elif settings.device == "cuda":
-        base = weights.Sizes(768, 12, 12, 512)
-        works = [
-            Work(f"gpt2-b{b}-bfloat16", base, b, 32, 128, dtype=torch.bfloat16) for b in (1, 8)
-        ]
         asked = [{HF: 0.4}, {HF: 0.4}]
-    else:
-        sizes = weights.Sizes(384, 6, 6, 256)
-        works = [Work(f"d384-b{b}-float32", sizes, b, 32, 128) for b in (1, 8)]
     return [
         Case("decode", w.name, names(settings), partial(run, w), own)
         for w, own in zip(works, asked, strict=True)
     ]
+
+
+def _works(device: str) -> list[Work]:
+    if device == "cuda":
+        base, half = weights.Sizes(768, 12, 12, 512), torch.bfloat16
+        return [Work(f"gpt2-b{b}-bfloat16", base, b, 32, 128, dtype=half) for b in (1, 8)]
+    sizes = weights.Sizes(384, 6, 6, 256)
+    return [Work(f"d384-b{b}-float32", sizes, b, 32, 128) for b in (1, 8)]
 
 
 def names(settings: Settings) -> tuple[str, ...]:
@@ -62,9 +64,14 @@ def names(settings: Settings) -> tuple[str, ...]:
 def run(work: Work, settings: Settings) -> Outcome:
     """Measure one workload."""
     with torch.inference_mode():
-        contest = build(work, settings.device)
-        contest.makers = {name: contest.makers[name] for name in names(settings)}
-        return hold(contest, settings.fewer())
+        own = build(work, settings.device)
+        own.makers = {name: own.makers[name] for name in names(settings)}
+        return hold(own if settings.is_quick else own.apart("decode", work.name), settings.fewer())
+
+
+def contest(workload: str, device: str) -> Contest:
+    """Build a workload by its name."""
+    return build(next(w for w in _works(device) if w.name == workload), device)
 
 
 def build(work: Work, device: str) -> Contest:
@@ -131,4 +138,6 @@ def build(work: Work, device: str) -> Contest:
         dtype=work.dtype,
         n_bytes=float(size * n_weights * work.n_new),
         about={"sizes": work.sizes._asdict(), "prompt": work.prompt, "new tokens": work.n_new},
+        device=device,
+        is_inference=True,
     )

@@ -90,10 +90,16 @@ def _names(work: Work, device: str) -> tuple[str, ...]:
 def run(work: Work, settings: Settings) -> Outcome:
     """Measure one workload."""
     with torch.inference_mode():
-        contest = build(work, settings.device)
+        own = build(work, settings.device)
         if settings.device == "cuda":
-            contest.about["waits for the GPU"] = _waits(contest.makers[OURS]())
-        return hold(contest, settings)
+            own.about["waits for the GPU"] = _waits(own.makers[OURS]())
+        return hold(own if settings.is_quick else own.apart("encoder", work.name), settings)
+
+
+def contest(workload: str, device: str) -> Contest:
+    """Build a workload by its name."""
+    works = _cuda_works() if device == "cuda" else _cpu_works()
+    return build(next(w for w, _ in works if w.name == workload), device)
 
 
 def _waits(call: Call) -> bool:
@@ -133,6 +139,8 @@ def build(work: Work, device: str) -> Contest:
         dtype=work.dtype,
         flops=work.sizes.flops(lengths.tolist()),
         about={"sizes": work.sizes._asdict(), "tokens": int(lengths.sum()), "slots": keep.numel()},
+        device=device,
+        is_inference=True,
     )
 
 

@@ -5,12 +5,22 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
 Call = Callable[[], object]
-PAUSE = 0.005  # seconds; threads that spin after a call have stopped before the next contestant
+# Seconds; threads that spin after a call have stopped before the next contestant, also those of
+# another process, where an OpenMP of another kind may spin for a fifth of a second.
+PAUSE, PAUSE_APART = 0.005, 0.25
+
+
+class Elsewhere(Protocol):
+    """A contestant in another process."""
+
+    def seconds(self) -> float:
+        """Take a turn; give the mean time of a call."""
+        ...
 
 
 class Timing(NamedTuple):
@@ -36,7 +46,7 @@ class Ratio(NamedTuple):
 
 
 def in_turns(
-    contestants: Mapping[str, Call],
+    contestants: Mapping[str, Call | Elsewhere],
     *,
     rounds: int = 15,
     seconds_a_turn: float = 0.03,
@@ -45,28 +55,36 @@ def in_turns(
     """Warm all up, then time them in turns; each round starts with another contestant.
 
     Args:
-        contestants: what to call, by name.
+        contestants: what to call, by name, or what times itself in another process.
         rounds: turns of each.
         seconds_a_turn: a short call is repeated for about this long, and the mean taken.
         device: "cuda" times with events on the device, "cpu" with the clock.
     """
-    once = _once_cuda if device == "cuda" else _once_cpu
-    repeats = {}
-    for name, call in contestants.items():
-        once(call)
-        repeats[name] = max(1, int(seconds_a_turn / max(once(call), 1e-9)))
+    turns, pause = {}, PAUSE
+    for name, contestant in contestants.items():
+        if callable(contestant):
+            turns[name] = turn_of(contestant, seconds_a_turn, device)
+        else:
+            turns[name], pause = contestant.seconds, PAUSE_APART
     names = list(contestants)
     found: dict[str, list[float]] = {name: [] for name in names}
     for i in range(rounds):
         first = i % len(names)
         for name in names[first:] + names[:first]:
-            time.sleep(PAUSE)
-            turns = [once(contestants[name]) for _ in range(repeats[name])]
-            found[name].append(statistics.fmean(turns))
+            time.sleep(pause)
+            found[name].append(turns[name]())
     return {
         name: Timing(1e3 * statistics.median(x), 1e3 * spread(x), tuple(x))
         for name, x in found.items()
     }
+
+
+def turn_of(call: Call, seconds: float, device: str) -> Callable[[], float]:
+    """Warm a callable up; give what calls it for about so long and returns the mean time."""
+    once = _once_cuda if device == "cuda" else _once_cpu
+    once(call)
+    repeats = max(1, int(seconds / max(once(call), 1e-9)))
+    return lambda: statistics.fmean(once(call) for _ in range(repeats))
 
 
 def interleaved(

@@ -22,18 +22,28 @@ def cases(settings: Settings) -> list[Case]:
     if settings.is_quick:
         works = [(Work("tiny-b2-n16-float32", weights.Sizes(32, 1, 4, 16, vocab_size=50), 2), {})]
     else:
-        small, wide = weights.Sizes(384, 3, 12, 128), weights.Sizes(768, 1, 12, 512)
-        works = [
-            (Work("d384-b32-n128-float32", small, 32), {"best": 0.43}),
-            (Work("d768-b8-n512-float32", wide, 8), {"best": 0.33}),
-        ]
+        works = _works()
     names = (OURS, TORCH, HF, XT)
     return [Case("training", w.name, names, partial(run, w), asked) for w, asked in works]
 
 
+def _works() -> list[tuple[Work, dict[str, float]]]:
+    small, wide = weights.Sizes(384, 3, 12, 128), weights.Sizes(768, 1, 12, 512)
+    return [
+        (Work("d384-b32-n128-float32", small, 32), {"best": 0.43}),
+        (Work("d768-b8-n512-float32", wide, 8), {"best": 0.33}),
+    ]
+
+
 def run(work: Work, settings: Settings) -> Outcome:
     """Measure one workload."""
-    return hold(build(work, settings.device), settings.fewer())
+    own = build(work, settings.device)
+    return hold(own if settings.is_quick else own.apart("training", work.name), settings.fewer())
+
+
+def contest(workload: str, device: str) -> Contest:
+    """Build a workload by its name."""
+    return build(next(w for w, _ in _works() if w.name == workload), device)
 
 
 def build(work: Work, device: str) -> Contest:
@@ -97,4 +107,5 @@ def build(work: Work, device: str) -> Contest:
         allowed={"": ALLOWED},
         flops=3.0 * work.sizes.flops(lengths.tolist()),
         about={"sizes": work.sizes._asdict(), "tokens": int(lengths.sum()), "slots": keep.numel()},
+        device=device,
     )

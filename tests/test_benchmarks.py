@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("matplotlib", reason="needs the bench extra")
 
 from benchmarks import command, imports, page, pictures, results
+from benchmarks.apart import Apart
 from benchmarks.contest import (
     OURS,
     BenchmarkError,
@@ -143,6 +144,19 @@ def test_shares_are_of_limits_timed_in_the_same_rounds():
     assert about["peak_gflops"] > 0
     assert about["share_of_products"] > 0
     assert about["share_of_bandwidth"] > 0
+
+
+def test_a_contestant_in_another_process_says_its_error_and_takes_turns():
+    other = Apart("encoder", "minilm-b1-n32-full-float32", "nn.TransformerEncoder", "cpu")
+    timings = in_turns({"other": other}, rounds=2)
+    other.close()
+    assert other.error < 1e-4
+    assert all(seconds > 0 for seconds in timings["other"].rounds)
+
+
+def test_a_contestant_that_ends_in_another_process_is_no_result():
+    with pytest.raises(RuntimeError, match="ended before its turn, with 1"):
+        Apart("encoder", "no such workload", OURS, "cpu")
 
 
 def test_ratio_is_taken_round_by_round():
