@@ -19,7 +19,7 @@ from einops import reduce, repeat
 from torch import Tensor
 
 from stabletx._precision import is_sixteen_bit
-from stabletx.functional._magnitude import extremes
+from stabletx.functional._magnitude import extremes, side_by_side
 from stabletx.functional._problem import Problem
 from stabletx.functional._sight import Sight, is_traced, values_may_be_read
 
@@ -49,7 +49,7 @@ def _largest(x: Tensor) -> float:
 
 
 def within_limits(problem: Problem) -> bool:
-    """Tell, from two looks at the magnitudes, whether every row is safe in a fused kernel.
+    """Tell, from a look or two at the magnitudes, whether every row is safe in a fused kernel.
 
     Reads values, so it is asked on the CPU alone. False also where anything is not finite.
     """
@@ -58,12 +58,17 @@ def within_limits(problem: Problem) -> bool:
     if problem.bias is not None:
         bias = problem.bias.detach()
         limit -= _largest(bias.masked_fill(bias == -torch.inf, 0.0))
-    entries = [_largest(q), _largest(k), _largest(problem.v)]
-    if not (max(entries) <= LARGEST_ENTRY and all(x == x for x in entries)):
-        return False
     if not limit >= 0.0:
         return False
     factor = _score_factor(problem)
+    whole = side_by_side(q, k, problem.v.detach())
+    if whole is not None:
+        largest = _largest(whole)
+        if largest <= LARGEST_ENTRY and largest * largest * q.shape[3] * factor <= limit:
+            return True
+    entries = [_largest(q), _largest(k), _largest(problem.v)]
+    if not (max(entries) <= LARGEST_ENTRY and all(x == x for x in entries)):
+        return False
     if entries[0] * entries[1] * q.shape[3] * factor <= limit:
         return True
     return float(_norms(q).amax() * _norms(k).amax()) * factor <= limit

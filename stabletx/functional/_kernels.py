@@ -51,11 +51,13 @@ def attend(
     out: Tensor | None = None,  # (b, h, t, d), to write to
 ) -> tuple[Tensor, Kept]:  # (b, h, t, d)
     """Attend; give the output, and what ``gradients`` wants if it is to be kept."""
+    if torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):
+            return attend(q, k, v, added, how, keep=keep, out=out)
     q, k, v = (_last_stride_one(x) for x in (q, k, v))
     if how.dropout_p > 0 or takes_products(q.shape[2], k.shape[2]):
-        with torch.autocast("cpu", enabled=False):
-            out = torch.empty_like(q) if out is None else out
-            return out, _products(q, k, v, added, how, keep, out)
+        out = torch.empty_like(q) if out is None else out
+        return out, _products(q, k, v, added, how, keep, out)
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     mask = None if added is None else added.expand(*q.shape[:3], k.shape[2])
     found, log = kernel(q, k, v, 0.0, how.is_causal, attn_mask=mask, scale=how.scale)
@@ -72,10 +74,12 @@ def gradients(
     how: How,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Give the gradients of q, k and v; the other arguments are those of ``attend``."""
+    if torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):
+            return gradients(grad, q, k, v, added, kept, how)
     grad, q, k, v = (_last_stride_one(x) for x in (grad, q, k, v))
     if kept[-1].ndim == 4:  # of every pair, where the kernel's logsumexp is of every row
-        with torch.autocast("cpu", enabled=False):
-            return _products_backward(grad, q, k, v, kept, how)
+        return _products_backward(grad, q, k, v, kept, how)
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     mask = None if added is None else added.expand(*q.shape[:3], k.shape[2])
     found = kernel(grad, q, k, v, *kept, 0.0, how.is_causal, attn_mask=mask, scale=how.scale)

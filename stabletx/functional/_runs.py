@@ -15,8 +15,11 @@ from torch import Tensor
 
 from stabletx import _checks
 from stabletx._precision import compute_dtype
-from stabletx.functional._kernels import How, Kept, attend, gradients
+from stabletx.functional._kernels import How, Kept, attend, gradients, takes_products
 from stabletx.packing import Plan
+
+# Mean length, tokens, from which a sequence is worth operations of its own; measured.
+ALONE_FROM = 24
 
 Exact = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -36,8 +39,31 @@ def attend_runs(
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         made: Tensor = _Runs.apply(q, k, v, plan, how, exact)  # type: ignore[no-untyped-call]
         return made
+    if is_short(q, k, plan, how):
+        return _one_by_one(q, k, v, plan, how.scale)
     parts = [attend(q, k, v, None, how, keep=False)[0] for q, k, v in _runs(plan, q, k, v)]
     return _joined(parts, q.dtype)
+
+
+def is_short(q: Tensor, k: Tensor, plan: Plan, how: How) -> bool:
+    """Tell whether every sequence is best multiplied out by itself, without masks or groups."""
+    plain = how.dropout_p == 0 and not how.is_causal and q.shape[1] == k.shape[1]
+    worth_it = plan.n_tokens >= ALONE_FROM * len(plan.rank)
+    return plain and worth_it and takes_products(plan.max_length, plan.max_length)
+
+
+def _one_by_one(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:
+    """Attend in each sequence by the formula: few operations, for they cost as much as the work."""
+    sizes = [run.length for run in plan.runs if run.length for _ in range(run.n_rows)]
+    work = compute_dtype(q.dtype)
+    base = q.new_empty(1, 1, 1, dtype=work)  # not read
+    cut = (torch.split(x.transpose(0, 1), sizes, dim=1) for x in (q, k, v))  # of (h, t, d)
+    outs = []
+    for heads in zip(*cut, strict=True):
+        queries, keys, values = (x.to(work) for x in heads)
+        scores = torch.baddbmm(base, queries, keys.mT, beta=0, alpha=scale)
+        outs.append(torch.bmm(torch.softmax(scores, -1, out=scores), values))
+    return torch.cat(outs, dim=1).transpose(0, 1).to(q.dtype)
 
 
 def _runs(plan: Plan, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -47,11 +73,13 @@ def _runs(plan: Plan, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """
     runs = [run for run in plan.runs if run.length]
     sizes = [run.n_rows * run.length for run in runs]
+    work = compute_dtype(tensors[0].dtype)
     for run, *cuts in zip(runs, *(torch.split(x, sizes) for x in tensors), strict=True):
-        yield tuple(
-            x.view(run.n_rows, run.length, *x.shape[1:]).transpose(1, 2).to(compute_dtype(x.dtype))
-            for x in cuts
-        )
+        if run.n_rows == 1:
+            heads = [x.transpose(0, 1)[None] for x in cuts]
+        else:
+            heads = [x.unflatten(0, (run.n_rows, run.length)).transpose(1, 2) for x in cuts]
+        yield tuple(heads if heads[0].dtype == work else (x.to(work) for x in heads))
 
 
 def _joined(parts: list[Tensor], dtype: torch.dtype) -> Tensor:  # of (b, h, t, d) -> (n, h, d)

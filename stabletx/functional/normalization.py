@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stabletx import _checks
 from stabletx._precision import compute_dtype
-from stabletx.functional._magnitude import surely_within
+from stabletx.functional._magnitude import extremes, surely_within
 from stabletx.functional._sight import values_may_be_read
 
 # Rows are brought down to about this. Squares and cubes, and sums of them over 2**20 features, stay
@@ -79,7 +79,7 @@ def layer_norm(
     # It loses about half a unit in the last place per unit of mean over deviation. So a row is
     # easy where mean**2 + eps <= 3 * variance, written with 1 / rstd**2 = variance + eps; and where
     # the mean is 0, which keeps rows of zeros, as padding often is, on the fast way.
-    if mean.numel() <= _FEW_ROWS and all(map(_is_easy, *_lists(mean, rstd), repeat(eps))):
+    if _are_easy(mean, rstd, eps):
         return out.to(x.dtype)
     near = ((mean.square() + 4 * eps) * rstd.square() <= 3) | (mean == 0)
     easy = near & (rstd >= 2.0 ** -_EXPONENT[work])
@@ -94,6 +94,16 @@ def layer_norm(
 
 def _lists(*vectors: Tensor) -> Iterator[list[float]]:
     return (vector.flatten().tolist() for vector in vectors)
+
+
+def _are_easy(mean: Tensor, rstd: Tensor, eps: float) -> bool:
+    """Tell whether every row is known to be easy; most often true, and cheaply found."""
+    if mean.numel() <= _FEW_ROWS:
+        return all(map(_is_easy, *_lists(mean, rstd), repeat(eps)))
+    low, high = extremes(mean)
+    smallest, largest = extremes(rstd)
+    mean_size = max(-low, high)
+    return _is_easy(mean_size, largest, eps) and _is_easy(mean_size, smallest, eps)
 
 
 def _is_easy(mean: float, rstd: float, eps: float) -> bool:

@@ -98,7 +98,7 @@ def _how(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None, is_causal: bool, dropout_p: float
 ) -> How | None:
     """Say what is asked of torch's kernels; None where they are not safe for some token."""
-    q, k, v = (rearrange(x, "n h d -> 1 h n d") for x in (q, k, v))
+    q, k, v = (x[None].transpose(1, 2) for x in (q, k, v))  # (1, h, n, d)
     problem = checked_problem(
         q, k, v, mask=None, bias=None, scale=scale, softcap=None, sinks=None,
         dropout_p=0.0, training=None,
