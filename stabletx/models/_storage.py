@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,8 +33,8 @@ class StoredModel(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model to a folder, which is made if need be.
 
-        Each file is written beside the old one and then takes its place, so that a full disk or
-        a kill leaves the old one whole.
+        Both files are written beside the old ones before either takes its place, so that a full
+        disk leaves the old model whole.
 
         Raises:
             OSError: if the folder cannot be written.
@@ -49,8 +49,12 @@ class StoredModel(nn.Module):
         about = ("stabletx", [type(self).__name__], __version__)
         config = {**dict(zip(_ABOUT, about, strict=True)), **self.config.to_dict()}
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        replace_file(path / WEIGHTS, lambda new: save_file(tensors, new, metadata={"format": "pt"}))
-        replace_file(path / CONFIG, lambda new: new.write_text(text, encoding="utf-8"))
+        replace_files(
+            {
+                path / WEIGHTS: lambda new: save_file(tensors, new, metadata={"format": "pt"}),
+                path / CONFIG: lambda new: new.write_text(text, encoding="utf-8"),
+            }
+        )
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
@@ -80,17 +84,25 @@ def own_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: x for name, x in state.items() if names[id(x)] == name}
 
 
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside ``path``, bring it to the disk, and put it in the place of ``path``."""
-    new = path.with_name(f".{path.name}.{os.getpid()}.new")
+def replace_files(files: Mapping[Path, Callable[[Path], object]]) -> None:
+    """Write files beside their paths, bring all to the disk, then put each in its path's place."""
+    beside = {path: path.with_name(f".{path.name}.{os.getpid()}.new") for path in files}
     try:
-        write(new)
-        _to_disk(new)
-        os.replace(new, path)
+        for path, write in files.items():
+            new = beside[path]
+            new.touch()
+            mode = new.stat().st_mode  # what the umask says; a writer may make a file of its own
+            write(new)
+            new.chmod(mode)
+            _to_disk(new)
+        for path, new in beside.items():
+            os.replace(new, path)
     finally:
-        new.unlink(missing_ok=True)
+        for new in beside.values():
+            new.unlink(missing_ok=True)
     if os.name == "posix":
-        _to_disk(path.parent)
+        for folder in {path.parent for path in files}:
+            _to_disk(folder)
 
 
 def _to_disk(path: Path) -> None:
@@ -116,7 +128,7 @@ def _read_config(folder: Path, architecture: str) -> TransformerConfig:
         if about["architectures"] != [architecture]:
             raise ValueError(f"it describes {about['architectures']}, not [{architecture!r}]")
         return TransformerConfig.from_dict(values)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(_model_checks.bad_file(path, error, "Save the model again.")) from error
 
 

@@ -1,6 +1,7 @@
 """Models in folders: the same bits back, and clear words where a file is damaged."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -106,6 +107,31 @@ def test_a_save_that_fails_leaves_the_last_model_whole(folder, monkeypatch, wher
     assert {x.name: x.read_bytes() for x in folder.iterdir()} == before
 
 
+def test_a_disk_that_fills_before_the_last_file_leaves_the_last_model_whole(folder, monkeypatch):
+    before = {x.name: x.read_bytes() for x in folder.iterdir()}
+
+    def fail(*args, **options):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.write_text", fail)  # config.json, which is written last
+        with pytest.raises(OSError, match=r"No space left"):
+            SequenceClassifier(CONFIG).save_pretrained(folder)
+    assert {x.name: x.read_bytes() for x in folder.iterdir()} == before
+
+
+@pytest.mark.skipif(os.name != "posix", reason="is about the modes of posix")
+@pytest.mark.parametrize("umask", [0o022, 0o077], ids=oct)
+def test_the_umask_decides_who_may_read_a_saved_model(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        SequenceClassifier(CONFIG).save_pretrained(tmp_path)
+    finally:
+        os.umask(before)
+    modes = {x.name: oct(x.stat().st_mode & 0o777) for x in tmp_path.iterdir()}
+    assert modes == dict.fromkeys(("config.json", "model.safetensors"), oct(0o666 & ~umask))
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_a_missing_file_is_named(folder, name):
     (folder / name).unlink()
@@ -120,6 +146,7 @@ def test_a_missing_file_is_named(folder, name):
     [
         ("{", r"config\.json must be a whole and fitting file, got: Expecting"),
         ("[]", r"config\.json .* it holds a list, not an object"),
+        ("[" * 100_000, r"config\.json must be a whole and fitting file, got: maximum recursion"),
         ("{}", r"config\.json .* its model_type is None, not 'stabletx'"),
         ('{"model_type": "bert"}', r"config\.json .* its model_type is 'bert'"),
     ],

@@ -24,7 +24,7 @@ from stabletx.models import (
     TransformerConfig,
     _model_checks,
 )
-from stabletx.models._storage import CONFIG, WEIGHTS, StoredModel, own_state, replace_file
+from stabletx.models._storage import CONFIG, WEIGHTS, StoredModel, own_state, replace_files
 
 _Settings = Callable[[TransformerConfig], dict[str, Any]]
 _ACTIVATIONS = {
@@ -39,8 +39,8 @@ def save(model: StoredModel, folder: str | Path, *, family: str | None = None) -
         model: an Encoder, a SequenceClassifier or a MaskedLanguageModel that is built like one of
             the families; a Decoder built like GPT-2, Llama or Mistral; an EncoderDecoder built
             like T5 or Marian.
-        folder: made if need be; its ``config.json`` and ``model.safetensors`` are replaced, each
-            whole or not at all.
+        folder: made if need be; its ``config.json`` and ``model.safetensors`` are replaced once
+            both new ones are written.
         family: as in ``model_type``; None takes the first that expresses the model exactly. A
             bare RoBERTa encoder is also a BERT, so name it.
 
@@ -61,8 +61,12 @@ def save(model: StoredModel, folder: str | Path, *, family: str | None = None) -
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    replace_file(path / WEIGHTS, lambda new: save_file(tensors, new, metadata={"format": "pt"}))
-    replace_file(path / CONFIG, lambda new: new.write_text(text, encoding="utf-8"))
+    replace_files(
+        {
+            path / WEIGHTS: lambda new: save_file(tensors, new, metadata={"format": "pt"}),
+            path / CONFIG: lambda new: new.write_text(text, encoding="utf-8"),
+        }
+    )
 
 
 def _described(model: StoredModel, family: str | None) -> tuple[dict[str, Any], Conversion]:
