@@ -1,5 +1,6 @@
 """Tiny models made by transformers, and transformers itself as a judge in float64."""
 
+import json
 from contextlib import contextmanager
 
 import torch
@@ -135,3 +136,21 @@ def _phases(config):
         return tuple(torch.cat([table, table], dim=-1).to(x.dtype) for table in tables)
 
     return forward
+
+
+def stored(model, folder):
+    model.save_pretrained(folder)
+    return folder
+
+
+def edit(folder, drop=(), **changes):
+    path = folder / "config.json"
+    values = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in values.items() if k not in drop}))
+
+
+def rewrite(folder, tensors):
+    from safetensors.torch import save_file
+
+    held = {name: x.clone().contiguous() for name, x in tensors.items()}
+    save_file(held, folder / "model.safetensors")

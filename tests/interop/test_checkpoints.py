@@ -15,7 +15,7 @@ from stabletx.models import (
     SequenceClassifier,
     TransformerConfig,
 )
-from tests.interop.checkpoint_judge import NAMES, batch, judging, tiny
+from tests.interop.checkpoint_judge import NAMES, batch, edit, judging, rewrite, stored, tiny
 
 pytest.importorskip("transformers")
 LIMITS = {torch.float32: 1e-5, torch.float64: 1e-12}  # the figures that were asked for
@@ -34,11 +34,6 @@ def outputs(model, ids, keep, **more):
     found = [made.get(key) for key in ("last_hidden_state", "pooler_output", "logits")]
     per_token = keep.shape if "decoder_input_ids" not in more else None
     return [x[keep] if x.shape[:2] == per_token else x for x in found if x is not None]
-
-
-def stored(model, folder):
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
@@ -253,19 +248,6 @@ def test_a_buffer_is_ignored_with_a_reason(tmp_path):
     assert ignored == (("embeddings.position_ids", "a buffer: positions are counted"),)
 
 
-def edit(folder, drop=(), **changes):
-    path = folder / "config.json"
-    values = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({k: v for k, v in values.items() if k not in drop}))
-
-
-def rewrite(folder, tensors):
-    from safetensors.torch import save_file
-
-    held = {name: x.clone().contiguous() for name, x in tensors.items()}
-    save_file(held, folder / "model.safetensors")
-
-
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
@@ -387,7 +369,7 @@ def test_a_pickle_of_more_than_tensors_is_refused_and_not_run(tmp_path):
     with pytest.raises(ValueError, match=r"must be a whole pickle of tensors alone.*Nothing in it"):
         load(tmp_path)
     torch.save([torch.ones(2)], path)
-    with pytest.raises(ValueError, match=r"got .*=a list that does not hold tensors by name"):
+    with pytest.raises(ValueError, match=r"a list that holds more than dense tensors by name"):
         load(tmp_path)
     torch.save(theirs.state_dict(), path)
     whole = path.read_bytes()

@@ -9,7 +9,7 @@ checkpoint is loaded whole or not at all.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import final
@@ -76,7 +76,7 @@ def load(
     source: str | Path,
     *,
     model: type[StoredModel] | None = None,
-    labels: Collection[str] | None = None,
+    labels: Sequence[str] | None = None,
     family: str | None = None,
     dtype: torch.dtype | None = None,
     ignore: Collection[str] = (),
@@ -99,7 +99,7 @@ def read(
     source: str | Path,
     *,
     model: type[StoredModel] | None = None,
-    labels: Collection[str] | None = None,
+    labels: Sequence[str] | None = None,
     family: str | None = None,
     dtype: torch.dtype | None = None,
     ignore: Collection[str] = (),
@@ -131,15 +131,18 @@ def read(
             the settings. Nothing is loaded then.
     """
     _messages.check_dtype(dtype)
+    _messages.check_names("ignore", ignore)
+    if labels is not None:
+        _messages.check_labels(labels, model, SequenceClassifier)
     folder = _files.find_folder(source, revision)
     config = _files.read_config(folder)
     path, tensors = _files.read_tensors(folder)
-    tensors = {_new_name(name): x for name, x in tensors.items()}
+    tensors = _with_new_names(tensors)
     if labels is not None:
-        _messages.check_is_classifier(model, SequenceClassifier)
         config = {**config, "id2label": dict(enumerate(labels)), "num_labels": len(labels)}
         model = SequenceClassifier
     try:
+        _messages.check_n_layers(config, len(tensors))
         conversion = convert(config, tensors, model=model, family=family)
     except (ValueError, TypeError) as error:
         raise ValueError(_messages.unsuitable(folder / CONFIG, error)) from error
@@ -160,10 +163,14 @@ def read(
     return Checkpoint(filled, replace(report, fresh=fresh))
 
 
-def _new_name(name: str) -> str:
-    """Give a norm's parameters the names that they have had since 2019."""
-    old = _OLD_NORM.fullmatch(name)
-    return name if old is None else f"{old[1]}.{'weight' if old[2] == 'gamma' else 'bias'}"
+def _with_new_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give norms' parameters the names that they have had since 2019, where those are free."""
+    renamed = {}
+    for name, x in tensors.items():
+        old = _OLD_NORM.fullmatch(name)
+        new = "" if old is None else f"{old[1]}.{'weight' if old[2] == 'gamma' else 'bias'}"
+        renamed[new if new and new not in tensors else name] = x
+    return renamed
 
 
 def _with_own_classes(
@@ -185,8 +192,11 @@ def _filled(
     conversion: Conversion, made: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None
 ) -> StoredModel:
     """Build the model and put the tensors in their places; what is not there starts anew."""
-    with torch.device("meta"):
-        model = conversion.model(conversion.config)
+    try:
+        with torch.device("meta"):
+            model = conversion.model(conversion.config)
+    except RuntimeError as error:  # more bytes than can be counted
+        raise ValueError(_messages.unsuitable(path.parent / CONFIG, error)) from error
     wanted = own_state(model)
     _check_shapes(conversion, made, wanted, path)
     dtype = next(iter(made.values())).dtype if dtype is None else dtype

@@ -23,6 +23,7 @@ from stabletx.interop.checkpoints._names import (
     pair,
     prefix_of,
     settings,
+    size,
 )
 from stabletx.models import Encoder, MaskedLanguageModel, SequenceClassifier, TransformerConfig
 from stabletx.models._storage import StoredModel
@@ -264,7 +265,8 @@ def _config(
     if family is _ALBERT:
         values["n_distinct_layers"] = config.get("num_hidden_groups", 1)
     if family is _MPNET:
-        values["relative_buckets"] = config.get("relative_attention_num_buckets", 32)
+        key = "relative_attention_num_buckets"
+        values["relative_buckets"] = size(key, config.get(key, 32))
     n_types = 0 if family is _MPNET else config.get("type_vocab_size", 2)
     if model is SequenceClassifier:
         values |= class_names(config)
@@ -291,8 +293,9 @@ def _config(
 
 def _skipped(family: _Family, config: Mapping[str, Any]) -> int:
     """Count the rows of the position table that no real token reads."""
-    pads = {_ROBERTA: config.get("pad_token_id", 1), _MPNET: 1}
-    return int(pads[family]) + 1 if family in pads else 0
+    if family is _ROBERTA:
+        return size("pad_token_id", config.get("pad_token_id", 1), least=0) + 1
+    return 2 if family is _MPNET else 0
 
 
 def _stem(

@@ -24,7 +24,7 @@ class Change:
     back: Callable[[Tensor], Tensor]
 
 
-TRANSPOSED = Change("transposed", lambda x: x.T, lambda x: x.T)
+TRANSPOSED = Change("transposed", lambda x: x.transpose(0, -1), lambda x: x.T)
 FLATTENED = Change("flattened", lambda x: x.flatten(), lambda x: x[None])
 
 
@@ -174,8 +174,9 @@ def carry_out(
         if not set(piece.theirs) <= known.keys():
             missing += [name for name in piece.theirs if name not in known]
             continue
-        for name, size in zip(piece.theirs, piece.sizes, strict=False):
-            _messages.check_rows(name, known[name], size)
+        row = known[piece.theirs[0]].shape[1:]
+        for name, size in zip(piece.theirs, piece.sizes or (None,), strict=True):
+            _messages.check_rows(name, known[name], size, row)
         made[piece.ours] = piece.join(known)
     ignored, unexpected = [], []
     for name in sorted(tensors.keys() - used):

@@ -17,6 +17,7 @@ from stabletx.interop.checkpoints._names import (
     prefix_of,
     rotary_base,
     settings,
+    size,
 )
 from stabletx.models import TransformerConfig
 from stabletx.models._storage import StoredModel
@@ -86,7 +87,8 @@ def convert_mistral(
     """Say how a Mistral checkpoint becomes a Decoder; as :func:`convert_bert`."""
     width = config.get("sliding_window")  # counts the token itself
     _messages.check_setting(config, "layer_types", (None,))
-    return _llama("mistral", config, names, model, window=None if width is None else width - 1)
+    window = None if width is None else size("sliding_window", width) - 1
+    return _llama("mistral", config, names, model, window=window)
 
 
 def _llama(

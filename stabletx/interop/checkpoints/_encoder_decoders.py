@@ -14,6 +14,7 @@ from stabletx.interop.checkpoints._names import (
     joined,
     pair,
     settings,
+    size,
 )
 from stabletx.models import TransformerConfig
 from stabletx.models._storage import StoredModel
@@ -67,12 +68,14 @@ def convert_t5(
 
 def _t5_config(config: Mapping[str, Any], names: Collection[str]) -> TransformerConfig:
     act = config.get("feed_forward_proj", "relu")
+    if not isinstance(act, str):
+        _messages.refuse_setting("feed_forward_proj", act, "be the name of an activation")
     name = {"gated-gelu": "gelu_new"}.get(act, act.removeprefix("gated-"))
     bent = activation("feed_forward_proj", name, is_gated=act.startswith("gated-"))
     # The first T5 ties its head and scales the scores; 1.1 does neither, and newer writers of its
     # settings call the head tied all the same and leave out one that is.
     scales = config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True))
-    values = settings(config, T5_KEYS)
+    values, buckets = settings(config, T5_KEYS), "relative_attention_num_buckets"
     return TransformerConfig(
         **values,
         n_decoder_layers=config.get("num_decoder_layers"),
@@ -84,7 +87,7 @@ def _t5_config(config: Mapping[str, Any], names: Collection[str]) -> Transformer
         norm_eps=config.get("layer_norm_epsilon", 1e-6),
         qk_norm=False,
         position="none",
-        relative_buckets=config.get("relative_attention_num_buckets", 32),
+        relative_buckets=size(buckets, config.get(buckets, 32)),
         relative_max_distance=config.get("relative_attention_max_distance", 128),
         attention_scale=1.0,
         share_embeddings=True,

@@ -97,8 +97,9 @@ def convert(
             _messages.refuse_model(str(chosen), model, kinds)
         made = known.convert(config, names, model)
     elif config.get("architectures"):
-        named = config["architectures"][0]
-        if named not in known.models:
+        listed = config["architectures"]
+        named = listed[0] if isinstance(listed, list) else listed
+        if not isinstance(named, str) or named not in known.models:
             _messages.refuse_architecture(str(chosen), named, tuple(known.models))
         made = known.convert(config, names, known.models[named])
     else:

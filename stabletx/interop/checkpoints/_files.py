@@ -21,7 +21,7 @@ from stabletx.models import _model_checks
 from stabletx.models._storage import CONFIG, WEIGHTS
 
 _PICKLE = "pytorch_model.bin"
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _AGAIN = "Copy or download it again."
 
 
@@ -92,7 +92,7 @@ def _read_shards(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict
         path = index.parent / name
         if not path.is_file():
             raise FileNotFoundError(_model_checks.no_such_file(index.parent, name, _AGAIN))
-        tensors |= read(path)
+        tensors |= {key: x for key, x in read(path).items() if where.get(key, name) == name}
     if lacking := sorted(set(where) - set(tensors)):
         raise ValueError(_model_checks.bad_file(index, f"no shard holds {lacking[0]}", _AGAIN))
     return tensors
@@ -101,7 +101,7 @@ def _read_shards(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict
 def _read_object(path: Path) -> dict[str, Any]:
     try:
         values: Any = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(_model_checks.bad_file(path, error, _AGAIN)) from error
     if not isinstance(values, dict):
         what = f"it holds a {type(values).__name__}, not an object"
@@ -123,10 +123,19 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(_messages.unsafe_pickle(path, error)) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ValueError(_model_checks.bad_file(path, str(error).split("\n")[0], _AGAIN)) from error
-    if not isinstance(held, dict) or not all(isinstance(x, Tensor) for x in held.values()):
-        what = "a " + type(held).__name__ + " that does not hold tensors by name"
+        # torch's own message goes before the reason, and advises to run the file.
+        reason = error.__context__ or error
+        raise ValueError(_messages.unsafe_pickle(path, reason)) from error
+    except Exception as error:  # bytes that are no pickle stop its machine in any way
+        said = str(error).split("\n")[0] or type(error).__name__
+        raise ValueError(_model_checks.bad_file(path, said, _AGAIN)) from error
+    if not isinstance(held, dict) or not all(map(_is_named_tensor, held.items())):
+        what = "a " + type(held).__name__ + " that holds more than dense tensors by name"
         raise ValueError(_messages.unsafe_pickle(path, what))
     return dict(held)
+
+
+def _is_named_tensor(item: tuple[Any, Any]) -> bool:
+    name, x = item
+    whole = isinstance(x, Tensor) and x.layout == torch.strided and not x.is_meta
+    return whole and isinstance(name, str)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -13,12 +13,17 @@ from stabletx._checks import must
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def check_rows(name: str, x: Tensor, n_rows: int) -> None:
-    """Refuse a part of another size than the configuration says."""
-    if x.ndim == 0 or x.shape[0] != n_rows:
-        shape = f"a tensor of shape {tuple(x.shape)}"
-        instead = "Does config.json beside it describe these weights?"
+def check_rows(name: str, x: Tensor, n_rows: int | None, row: torch.Size) -> None:
+    """Refuse a single number, and a part that is not as long or as wide as its place."""
+    shape = f"a tensor of shape {tuple(x.shape)}"
+    instead = "Does config.json beside it describe these weights?"
+    if x.ndim == 0:
+        raise ValueError(must(name, "have rows", shape, instead))
+    if n_rows is not None and x.shape[0] != n_rows:
         raise ValueError(must(name, f"have {n_rows} rows, as config.json says", shape, instead))
+    if x.shape[1:] != row:
+        rule = f"have rows of shape {tuple(row)}, as those it is joined to"
+        raise ValueError(must(name, rule, shape, instead))
 
 
 def refuse_untied(name: str, main: str) -> NoReturn:
@@ -46,6 +51,12 @@ def refuse_setting(key: str, value: object, rule: str) -> NoReturn:
     raise ValueError(must(f"config.json's {key}", rule, repr(value), instead))
 
 
+def check_object(key: str, value: object) -> None:
+    """Refuse a setting that is neither an object of settings nor null."""
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(must(f"config.json's {key}", "be an object", repr(value)))
+
+
 def check_setting(config: Mapping[str, Any], key: str, allowed: Collection[object]) -> None:
     """Refuse a setting, where there is one, that our models cannot express."""
     if key in config and config[key] not in allowed:
@@ -53,32 +64,56 @@ def check_setting(config: Mapping[str, Any], key: str, allowed: Collection[objec
         refuse_setting(key, config[key], f"be {listed}")
 
 
+def check_n_layers(config: Mapping[str, Any], n_tensors: int) -> None:
+    """Refuse more layers than there are tensors, before the names of all are written."""
+    layers = {"num_hidden_groups"} if "num_hidden_groups" in config else {"num_hidden_layers"}
+    layers |= {"n_layer", "n_layers", "num_layers", "num_decoder_layers"}
+    for key in layers | {"encoder_layers", "decoder_layers"}:
+        value = config.get(key)
+        if isinstance(value, int) and value > max(1, n_tensors):
+            rule = f"be at most the number of tensors in the weights, {n_tensors}"
+            raise ValueError(must(f"config.json's {key}", rule, value))
+
+
 def check_family(family: object, supported: Collection[str]) -> None:
     """Refuse a family that cannot be loaded."""
     if family == "stabletx":
         instead = "Read it with from_pretrained of its class."
         raise ValueError(must("model_type", "be another library's", repr(family), instead))
-    if family not in supported:
+    if not isinstance(family, str) or family not in supported:
         listed = ", ".join(repr(name) for name in sorted(supported))
         instead = "Pass family= where config.json names none." if family is None else ""
         raise ValueError(must("model_type", f"be one of {listed}", repr(family), instead))
 
 
 def refuse_architecture(family: str, architecture: object, supported: Collection[str]) -> NoReturn:
-    """Refuse a head that our models do not have."""
+    """Refuse a head that our models do not have, or what names none."""
     rule = f"be one of {', '.join(supported)} for {family}"
     instead = "Pass model=stabletx.Encoder to leave its head out, with ignore= for its names."
     raise ValueError(must("architectures", rule, repr(architecture), instead))
 
 
-def refuse_model(family: str, model: type, supported: Collection[type]) -> NoReturn:
+def refuse_model(family: str, model: object, supported: Collection[type]) -> NoReturn:
     """Refuse a class that a family's weights do not fill."""
     listed = ", ".join(kind.__name__ for kind in supported)
-    raise ValueError(must("model", f"be one of {listed} for {family}", model.__name__))
+    got = model.__name__ if isinstance(model, type) else "an instance"
+    raise ValueError(must("model", f"be one of {listed} for {family}", got))
 
 
-def check_is_classifier(model: type | None, kind: type) -> None:
-    """Refuse names of classes for a model that has none."""
+def check_names(argument: str, names: object) -> None:
+    """Refuse one string, whose letters would be taken for names."""
+    if isinstance(names, str) or not isinstance(names, Collection):
+        raise TypeError(must(argument, "be a list of names", repr(names)))
+
+
+def check_labels(labels: object, model: object, kind: type) -> None:
+    """Refuse names of classes that have no order, and those for a model that has no classes."""
+    if not isinstance(labels, Sequence) or isinstance(labels, str):
+        raise TypeError(must("labels", "be a list or tuple of different texts", repr(labels)))
+    if not all(isinstance(x, str) for x in labels):
+        raise TypeError(must("labels", "be a list or tuple of different texts", repr(labels)))
+    if len(set(labels)) != len(labels) or not labels:
+        raise ValueError(must("labels", "be a list or tuple of different texts", repr(labels)))
     if model not in (None, kind):
         rule = f"be None beside model={getattr(model, '__name__', model)}"
         raise ValueError(must("labels", rule, "names of classes"))

@@ -16,6 +16,7 @@ from stabletx.interop.checkpoints._names import (
     prefix_of,
     rotary_base,
     settings,
+    size,
 )
 from stabletx.models import Encoder, MaskedLanguageModel, SequenceClassifier, TransformerConfig
 from stabletx.models._storage import StoredModel
@@ -53,7 +54,7 @@ def _config(config: Mapping[str, Any], model: type[StoredModel]) -> TransformerC
     for key in ("attention_bias", "classifier_bias"):
         if config.get(key, False) != use_bias:
             _messages.refuse_setting(key, config[key], f"be mlp_bias, {use_bias}")
-    window = config.get("local_attention", 128) // 2
+    window = size("local_attention", config.get("local_attention", 128)) // 2
     every = _global_every(config, values["n_layers"])
     if every is not None:
         values |= {

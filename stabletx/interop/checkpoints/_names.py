@@ -26,21 +26,33 @@ def activation(key: str, value: object, *, is_gated: bool = False) -> str:
     """Translate the name of an activation."""
     known = {a: _GATED[b] for a, b in _ACTIVATIONS.items() if b in _GATED}
     known = known if is_gated else _ACTIVATIONS
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         _messages.refuse_setting(key, value, f"be one of {', '.join(known)}")
-    return known[str(value)]
+    return known[value]
 
 
 def settings(config: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
-    """Read the settings of ours that a family only names otherwise."""
-    return {ours: _messages.needed(config, theirs) for ours, theirs in keys.items()}
+    """Read the sizes of ours that a family only names otherwise."""
+    return {ours: size(theirs, _messages.needed(config, theirs)) for ours, theirs in keys.items()}
+
+
+def size(key: str, value: object, *, least: int = 1) -> int:
+    """Give a setting that counts something; refuse what is no such number."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        _messages.refuse_setting(key, value, f"be an int of at least {least}")
+    return value
 
 
 def class_names(config: Mapping[str, Any]) -> dict[str, Any]:
     """Read a classifier's labels; where they are no names, their number."""
     labels = config.get("id2label")
+    _messages.check_object("id2label", labels)
     if not labels or len(labels) != config.get("num_labels", len(labels)):
         return {"n_classes": config.get("num_labels", 2)}
+    numbers = {str(i) for i in range(len(labels))}
+    if {str(key) for key in labels} != numbers:
+        rule = f"number its classes from 0 to {len(labels) - 1}"
+        _messages.refuse_setting("id2label", labels, rule)
     names = tuple(str(labels[key]) for key in sorted(labels, key=int))
     return {"labels": names} if len(set(names)) == len(names) else {"n_classes": len(names)}
 
@@ -81,8 +93,11 @@ def head_sizes(config: TransformerConfig) -> tuple[int, int, int]:
 
 def rotary_base(config: Mapping[str, Any], kind: str = "", old: str = "rope_theta") -> float:
     """Read the rotary base, in the new form of the settings or the old; refuse scaled phases."""
+    for key in ("rope_parameters", "rope_scaling"):
+        _messages.check_object(key, config.get(key))
     found = config.get("rope_parameters") or {}
     found = found.get(kind, found) if kind else found
+    _messages.check_object(kind, found)
     scaled = found or config.get("rope_scaling") or {}
     rope_type = scaled.get("rope_type", scaled.get("type", "default"))
     if rope_type != "default":
