@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -100,13 +100,18 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 parameter is out of its range.
             TrainingError: if the numbers of the run are no longer finite.
         """
-        check_positive("max_len", self.max_len)
+        # Searches draw from numpy, whose numbers are not Python's.
+        own = {
+            name: value.item() if isinstance(value, np.generic) else value
+            for name, value in self.get_params().items()
+        }
+        check_positive("max_len", own["max_len"])
         config = TrainingConfig(
-            seed=self.random_state,
-            epochs=self.epochs,
-            max_seconds=self.max_seconds,
-            lr=self.lr,
-            class_weights=self.class_weights,  # type: ignore[arg-type]
+            seed=own["random_state"],
+            epochs=own["epochs"],
+            max_seconds=own["max_seconds"],
+            lr=own["lr"],
+            class_weights=own["class_weights"],
         )
         rows = _texts(texts)
         truth = np.asarray(y)
@@ -114,27 +119,26 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             rule = f"have one class for each of the {len(rows)} texts"
             raise ValueError(must("y", rule, f"shape {truth.shape}"))
         check_classification_targets(truth)
-        self.classes_, codes = np.unique(truth, return_inverse=True)
-        if len(self.classes_) < 2:
-            raise ValueError(must("y", "hold at least two classes", f"{len(self.classes_)} class"))
-        names = [str(own) for own in self.classes_]
+        classes, codes = np.unique(truth, return_inverse=True)
+        if len(classes) < 2:
+            raise ValueError(must("y", "hold at least two classes", f"{len(classes)} class"))
+        names = [str(label) for label in classes]
         examples = [Example(text, names[code]) for text, code in zip(rows, codes, strict=True)]
-        train, held = _divided(examples, self.validation, self.random_state)
-        self.tokenizer_ = Tokenizer.train([own.text for own in train], self.vocab_size)
+        train, held = _divided(examples, own["validation"], own["random_state"])
+        tokenizer = Tokenizer.train([example.text for example in train], own["vocab_size"])
         description = default_model(
-            self.tokenizer_.vocab_size,
+            tokenizer.vocab_size,
             names,
-            max_seq_len=self.max_len,
-            pad_id=self.tokenizer_.pad_id,
-            dropout_p=self.dropout_p,
+            max_seq_len=own["max_len"],
+            pad_id=tokenizer.pad_id,
+            dropout_p=own["dropout_p"],
         )
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.random_state)
-            self.model_ = SequenceClassifier(description).to(pick_device(self.device))
-        encoded = (
-            EncodedSet.encode(own, self.tokenizer_, names, self.max_len) for own in (train, held)
-        )
-        self.history_ = fit(self.model_, *encoded, config=config).history
+            torch.manual_seed(own["random_state"])
+            model = SequenceClassifier(description).to(pick_device(own["device"]))
+        encoded = (EncodedSet.encode(x, tokenizer, names, own["max_len"]) for x in (train, held))
+        self.history_ = fit(model, *encoded, config=config).history
+        self.classes_, self.tokenizer_, self.model_ = classes, tokenizer, model
         return self
 
     def predict_proba(self, texts: Sequence[str]) -> np.ndarray:  # (n, c) float32
@@ -168,9 +172,14 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return tags
 
 
-def _texts(texts: Sequence[str]) -> list[str]:
+def _texts(texts: Any) -> list[str]:
+    rule = "be a sequence of strings"
     if isinstance(texts, str):
-        raise TypeError(must("texts", "be a sequence of strings", "one string", "Pass [text]."))
+        raise TypeError(must("texts", rule, "one string", "Pass [text]."))
+    if not isinstance(texts, Iterable) or isinstance(texts, Mapping):
+        raise TypeError(must("texts", rule, f"a {type(texts).__name__}"))
+    if getattr(texts, "ndim", 1) != 1:  # a table would be read as the names of its columns
+        raise TypeError(must("texts", rule, f"a {type(texts).__name__} of {texts.ndim} axes"))
     rows = list(texts)
     for i, text in enumerate(rows):
         if not isinstance(text, str):

@@ -152,6 +152,11 @@ def test_asking_before_fitting_is_refused():
     [
         ("one text", ["a"], {}, r"texts must be a sequence of strings, got"),
         (["a", 3], ["a", "b"], {}, r"texts\[1\] must be a string, got .*int"),
+        (["a", float("nan")], ["a", "b"], {}, r"texts\[1\] must be a string, got .*float"),
+        (None, ["a"], {}, r"texts must be a sequence of strings, got texts=a NoneType"),
+        ({"a": 1}, ["a"], {}, r"texts must be a sequence of strings, got texts=a dict"),
+        (np.array([["a", "b"]]), ["a"], {}, r"got texts=a ndarray of 2 axes"),
+        (np.array("a"), ["a"], {}, r"got texts=a ndarray of 0 axes"),
         (["a", "b"], ["a"], {}, r"one class for each of the 2 texts"),
         (["a", "b"], ["a", "a"], {}, r"at least two classes"),
         (["a", "b"], [0.5, 0.25], {}, r"continuous"),
@@ -165,6 +170,33 @@ def test_asking_before_fitting_is_refused():
 def test_wrong_input_is_refused(texts, y, changes, said):
     with pytest.raises((TypeError, ValueError), match=said):
         small(**changes).fit(texts, y)
+
+
+def test_a_table_is_not_read_as_the_names_of_its_columns(fitted):
+    class Table(list):  # as pandas has it: iterating gives the columns
+        ndim = 2
+
+    with pytest.raises(TypeError, match=r"texts must be a sequence .*=a Table of 2 axes"):
+        fitted.predict(Table(["text"]))
+
+
+def test_numbers_of_numpy_are_taken_as_searches_draw_them():
+    texts, y = rows(30)
+    space = {"max_len": np.arange(8, 10), "validation": np.array([0.2], dtype=np.float32)}
+    search = GridSearchCV(small(epochs=np.int64(1), random_state=np.int64(3)), space, cv=2)
+    assert search.fit(texts, y).best_params_["max_len"] in (8, 9)
+
+
+def test_a_fit_that_fails_leaves_what_was_fitted_before(fitted):
+    own = small(dropout_p=1.0)
+    with pytest.raises(ValueError, match=r"dropout_p=1\.0"):
+        own.fit(*rows(30))
+    with pytest.raises(NotFittedError, match="not fitted"):
+        own.predict(["a"])
+    again = pickle.loads(pickle.dumps(fitted)).set_params(dropout_p=1.0)
+    with pytest.raises(ValueError, match=r"dropout_p=1\.0"):
+        again.fit(["a", "b"] * 20, ["x", "y"] * 20)
+    assert again.predict(["goal by the player"]).tolist() == ["sport"]
 
 
 def test_real_texts_are_learnt():
