@@ -178,8 +178,9 @@ def _texts(texts: Any) -> list[str]:
         raise TypeError(must("texts", rule, "one string", "Pass [text]."))
     if not isinstance(texts, Iterable) or isinstance(texts, Mapping):
         raise TypeError(must("texts", rule, f"a {type(texts).__name__}"))
-    if getattr(texts, "ndim", 1) != 1:  # a table would be read as the names of its columns
-        raise TypeError(must("texts", rule, f"a {type(texts).__name__} of {texts.ndim} axes"))
+    n_axes = getattr(texts, "ndim", 1)
+    if n_axes != 1:  # a table would be read as the names of its columns
+        raise TypeError(must("texts", rule, f"a {type(texts).__name__} of {n_axes} axes"))
     rows = list(texts)
     for i, text in enumerate(rows):
         if not isinstance(text, str):
