@@ -147,11 +147,15 @@ class MultiheadAttention(nn.MultiheadAttention):
         Raises:
             ValueError: for wrong shapes, nested tensors, or ``is_causal`` without a mask.
         """
-        for name, x in (("query", query), ("key", key), ("value", value)):
+        named = (("query", query), ("key", key), ("value", value))
+        widths = self.embed_dim, self.kdim, self.vdim
+        for (name, x), width in zip(named, widths, strict=True):
             check_tensor(name, x)
             if x.is_nested or x.ndim != query.ndim or x.ndim not in (2, 3):
                 rule = "be a padded tensor of two or three axes, as many as query"
                 raise ValueError(must(name, rule, f"shape {tuple(x.shape)}, nested={x.is_nested}"))
+            if x.shape[-1] != width:
+                raise ValueError(must(name, f"have {width} channels", f"shape {tuple(x.shape)}"))
         if is_causal and attn_mask is None:
             instead = "Pass nn.Transformer.generate_square_subsequent_mask(n_tokens)."
             raise ValueError(must("attn_mask", "be given beside is_causal", None, instead))
@@ -214,6 +218,9 @@ class MultiheadAttention(nn.MultiheadAttention):
                 raise TypeError(must(name, rule, blocked.dtype))
             blocked = functional.pad(blocked, (0, n_extra))
             if name == "attn_mask" and blocked.ndim == 3:
+                if blocked.shape[0] % self.num_heads:
+                    rule = f"have a multiple of {self.num_heads} heads on its first axis"
+                    raise ValueError(must(name, rule, f"shape {tuple(blocked.shape)}"))
                 pairs = rearrange(blocked, "(b h) t s -> b h t s", h=self.num_heads)
             elif name == "attn_mask":
                 pairs = blocked[None, None]
