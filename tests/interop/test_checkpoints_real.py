@@ -103,7 +103,9 @@ def hold_to_transformers(made, theirs, folder, ids, keep, config=None):
     print(
         f"\n{theirs.__name__}, {folder.name}: float64 {off:.1e}; float32 to eager "
         f"{distance(rounded, eager):.1e}, to sdpa {distance(rounded, sdpa):.1e}, eager to sdpa "
-        f"{distance(eager, sdpa):.1e}; largest output {largest:.1f}"
+        f"{distance(eager, sdpa):.1e}; float32 from float64 ours {distance(rounded, exact):.1e}, "
+        f"eager {distance(eager, exact):.1e}, sdpa {distance(sdpa, exact):.1e}; largest output "
+        f"{largest:.1f}"
     )
     assert off <= FLOAT64
     assert distance(rounded, sdpa) <= FLOAT32 * largest

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from stabletx.functional import cross_entropy
+from stabletx.layers import _prepacked
+from stabletx.layers.heads import LanguageHead
 from stabletx.models import Encoder, MaskedLanguageModel, TransformerConfig
 from stabletx.packing import Packed
 
@@ -78,3 +80,14 @@ def test_a_pooler_reads_the_first_real_token(same_function, monkeypatch):
     for i, first in ((0, 0), (1, 1), (3, 0)):
         torch.testing.assert_close(pooled[i], torch.tanh(hidden(states[i, first])))
     assert torch.equal(pooled[2], torch.tanh(hidden.bias))
+
+
+def test_scores_are_torchs_own_product_where_another_kernel_is_faster(monkeypatch):
+    monkeypatch.setattr(_prepacked, "_found", {})
+    monkeypatch.setattr(_prepacked, "_fastest", lambda *a: "onednn")
+    torch.manual_seed(0)
+    head = LanguageHead(256, 600, activation="gelu", norm="layer", has_bias=True).eval()
+    x, table = torch.randn(64, 256), torch.nn.Parameter(torch.randn(600, 256))
+    with torch.inference_mode():
+        own = torch.nn.functional.linear(head.hidden(x), table, head.bias)
+        assert torch.equal(head(x, table), own)
