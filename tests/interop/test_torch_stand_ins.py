@@ -209,7 +209,7 @@ def test_multihead_attention_of_padding_alone_is_finite_where_torchs_is_not():
         ({"attn_mask": torch.ones(3, 3).long()}, TypeError, "int64"),
         ({"key": torch.zeros(3, 8)}, ValueError, r"as query.*\(3, 8\)"),
         ({"key_padding_mask": torch.ones(2, 4).bool()}, ValueError, "3 keys"),
-        ({"attn_mask": torch.ones(5, 3, 3).bool()}, ValueError, r"multiple of 2 heads.*\(5, 3, 3\)"),
+        ({"attn_mask": torch.ones(5, 3, 3).bool()}, ValueError, r"of 2 heads.*\(5, 3, 3\)"),
         ({"value": torch.zeros(2, 3, 7)}, ValueError, r"value must have 8 channels.*\(2, 3, 7\)"),
     ],
 )
