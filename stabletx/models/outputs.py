@@ -40,43 +40,33 @@ class EncoderOutput(ModelOutput):
         return self.get("pooler_output")
 
 
-class ClassifierOutput(ModelOutput):
-    """What a :class:`SequenceClassifier` returns."""
+class ScoredOutput(ModelOutput):
+    """Scores, and how far they are from what was asked for."""
 
     @property
     def loss(self) -> Tensor | None:
-        """Give the mean cross-entropy, or None without labels."""
+        """Give the mean cross-entropy of what has a label, or None without labels."""
         return self.get("loss")
 
     @property
     def logits(self) -> Tensor:
-        """Give the scores of the classes (b, c)."""
+        """Give the scores; the subclasses say of what."""
         return self["logits"]
 
 
-class DecoderOutput(ModelOutput):
-    """What a :class:`Decoder` and an :class:`EncoderDecoder` return."""
-
-    @property
-    def loss(self) -> Tensor | None:
-        """Give the mean cross-entropy of the next token, or None without labels."""
-        return self.get("loss")
-
-    @property
-    def logits(self) -> Tensor:
-        """Give the scores of the next token (b, n, vocab_size); (n_tokens, ...) if packed."""
-        return self["logits"]
+class ClassifierOutput(ScoredOutput):
+    """What a :class:`SequenceClassifier` returns: scores of the classes (b, c)."""
 
 
-class MaskedLanguageOutput(ModelOutput):
-    """What a :class:`MaskedLanguageModel` returns."""
+class DecoderOutput(ScoredOutput):
+    """What a :class:`Decoder` and an :class:`EncoderDecoder` return: scores of the next token.
 
-    @property
-    def loss(self) -> Tensor | None:
-        """Give the mean cross-entropy of the tokens that have a label, or None without labels."""
-        return self.get("loss")
+    They are (b, n, vocab_size), or (n_tokens, vocab_size) if packed.
+    """
 
-    @property
-    def logits(self) -> Tensor:
-        """Give the scores of each token (b, n, vocab_size); (n_tokens, ...) if packed."""
-        return self["logits"]
+
+class MaskedLanguageOutput(ScoredOutput):
+    """What a :class:`MaskedLanguageModel` returns: scores of each token.
+
+    They are (b, n, vocab_size), or (n_tokens, vocab_size) if packed.
+    """
