@@ -229,8 +229,14 @@ def largest_difference(model: Model, path: str | Path) -> float:
 
 
 def _runner(path: Path) -> Callable[[Tensor, Tensor], Tensor]:
-    if path.suffix != ".onnx":
-        program: Callable[[Tensor, Tensor], Tensor] = torch.export.load(path).module()
+    with path.open("rb") as file:
+        is_archive = file.read(2) == b"PK"  # whatever its name is
+    if is_archive:
+        try:
+            program: Callable[[Tensor, Tensor], Tensor] = torch.export.load(path).module()
+        except Exception as error:  # of the archive, of what is in it, of the graph
+            got = f"{path} ({' '.join(str(error).split())})"
+            raise DataError(must("file", "be a whole program", got, "Export it again.")) from error
         return program
     session = onnx_session(path)
 

@@ -254,6 +254,19 @@ def test_damaged_file_is_named(onnx_file, tmp_path):
         export.onnx_session(path)
 
 
+@pytest.mark.parametrize(("format", "name"), [("onnx", "mine.pt2"), ("torch", "mine.onnx")])
+def test_a_file_may_have_any_name(run_folder, tmp_path, format, name):
+    said = export.export_run(str(run_folder), format, str(tmp_path / name))
+    assert "at two shapes that were not traced" in said
+
+
+def test_a_damaged_program_is_named(run_folder, classifier, program, tmp_path):
+    path = tmp_path / "half.pt2"
+    path.write_bytes((run_folder / "model.pt2").read_bytes()[:5000])
+    with pytest.raises(DataError, match=r"file must be a whole program, got .*half\.pt2"):
+        export.largest_difference(classifier, path)
+
+
 def test_unknown_format_is_refused(run_folder):
     with pytest.raises(ValueError, match=r"format.*'tflite'"):
         export.export_run(str(run_folder), "tflite")

@@ -197,11 +197,20 @@ def test_command_reads_a_column(run_folder, capsys):
         (("--only", "float8"), "only must name some of"),
         (("--rows", "0"), "rows must be at least 1"),
         (("--batch", "0"), "batch must be at least 1"),
+        (("--threshold", "-1"), "threshold must be at least 0, got threshold=-1.0"),
+        (("--threshold", "nan"), "threshold must be at least 0, got threshold=nan"),
     ],
 )
 def test_command_refuses_wrong_options(run_folder, capsys, options, said):
     assert parity(run_folder, *options) == 2
     assert said in capsys.readouterr().err
+
+
+def test_command_finds_no_folder_for_its_files_before_it_compares(run_folder, capsys):
+    assert parity(run_folder, "--only", "packed", "--out", str(run_folder / "lines.txt")) != 0
+    said = capsys.readouterr().err
+    assert "lines.txt" in said
+    assert "running" not in said
 
 
 def test_command_refuses_what_it_cannot_read(run_folder, capsys, tmp_path):

@@ -33,6 +33,8 @@ def run_parity(args: argparse.Namespace) -> bool:
     for name in ("rows", "batch"):
         if getattr(args, name) < 1:
             raise DataError(must(name, "be at least 1", getattr(args, name)))
+    if args.threshold is not None and not args.threshold >= 0:
+        raise DataError(must("threshold", "be at least 0", args.threshold))
     found, files = check_parity(
         args.model,
         args.data,
@@ -95,6 +97,8 @@ def check_parity(
     if not texts:
         raise DataError(must("data", "hold at least one text", "none", "Check the text column."))
     encoded = tokenizer.encode_batch(texts, model.config.max_seq_len)
+    target = Path(folder if out is None else out)
+    target.mkdir(parents=True, exist_ok=True)  # before the minutes that follow
     deployed = Path(folder) / FORMATS["onnx"]
     subject = Subject(model, deployed if deployed.is_file() else None)
     if subject.onnx:
@@ -103,8 +107,6 @@ def check_parity(
         subject, encoded.ids, environments=environments, batch=batch,
         on_start=lambda name: say(f"running {name} ..."),
     )  # fmt: skip
-    target = Path(folder if out is None else out)
-    target.mkdir(parents=True, exist_ok=True)
     write_json(target / JSON, {"model": folder, "data": data, **found.to_dict()})
     files = [target / JSON]
     try:
