@@ -24,6 +24,7 @@ from tests.ways import METHODS, attention
 
 CASES_A_PART = 2_500
 PARTS = 40
+OTHERS = tuple(method for method in METHODS if method != "kernel")
 
 
 def run(case, method):
@@ -45,7 +46,8 @@ def occupancies(case):
     exact, bound = answers(case)
     names = list(exact)
     limits, expected = joined(bound, names), joined(exact, names)
-    results = [run(case, method) for method in METHODS]
+    methods = METHODS if may_reach_the_kernel(case) else OTHERS
+    results = [run(case, method) for method in methods]
     found = torch.stack([joined(result, names) for result in results])
     error = (found - expected).abs()
     fits = torch.where(expected.isnan(), found.isnan(), error <= limits)
@@ -53,15 +55,21 @@ def occupancies(case):
         sizes = [exact[name].numel() for name in names]
         outside = {
             (method, name): float(ratio.nan_to_num(math.inf).max())
-            for method, row, held in zip(METHODS, error / limits, fits, strict=True)
+            for method, row, held in zip(methods, error / limits, fits, strict=True)
             for name, ratio, kept in zip(names, row.split(sizes), held.split(sizes), strict=True)
             if not kept.all()
         }
         raise AssertionError(f"outside the bound, in times the bound: {outside}")
     if not error.shape[1]:
-        return dict.fromkeys(METHODS, 0.0)
+        return dict.fromkeys(methods, 0.0)
     shares = (error / limits.clamp(min=torch.finfo(torch.float64).tiny)).nan_to_num(0.0)
-    return dict(zip(METHODS, shares.amax(1).tolist(), strict=True))
+    return dict(zip(methods, shares.amax(1).tolist(), strict=True))
+
+
+def may_reach_the_kernel(case):
+    """Tell whether "kernel" may be another way than "auto", which takes tiles for all these."""
+    needs_tiles = (case.bias, case.softcap, case.sinks)
+    return all(x is None for x in needs_tiles) and case.q.shape[3] == case.v.shape[3]
 
 
 def answers(case):
