@@ -96,7 +96,7 @@ def attention(
         sinks: one score a head that joins each row's denominator and nothing else.
         dropout_p: probability in [0, 1) that a weight is dropped while training.
         training: must be given with ``dropout_p``; nothing else knows the mode.
-        method: "auto" takes the fastest that keeps the contract; "fused" torch's kernel; "tiled"
+        method: "auto" takes the fastest that keeps the contract; "fused" torch's kernels; "tiled"
             an online softmax in linear memory; "exact" plain operations in float64.
 
     Returns:
