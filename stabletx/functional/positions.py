@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from stabletx import _checks
@@ -89,10 +88,15 @@ def rotate(
     _checks.check_rotary_table("cos", cos, x)
     _checks.check_rotary_table("sin", sin, x)
     _checks.check_same("shape", "sin", tuple(sin.shape), "cos", tuple(cos.shape))
-    pairs = "... (p two) -> two ... p" if interleaved else "... (two p) -> two ... p"
-    turned, kept = x[..., : 2 * cos.shape[-1]], x[..., 2 * cos.shape[-1] :]
-    a, b = rearrange(turned, pairs, two=2)
+    p = cos.shape[-1]
+    turned, kept = x[..., : 2 * p], x[..., 2 * p :]
+    if interleaved:
+        a, b = turned[..., ::2], turned[..., 1::2]
+    else:
+        a, b = turned[..., :p], turned[..., p:]
     # Tables of at least float32 lift 16-bit features to their own dtype.
-    both = torch.stack([a * cos - b * sin, b * cos + a * sin])
-    out = rearrange(both, " -> ".join(reversed(pairs.split(" -> ")))).to(x.dtype)
-    return out if kept.shape[-1] == 0 else torch.cat([out, kept], -1)
+    a, b = a * cos - b * sin, b * cos + a * sin
+    parts = [torch.stack([a, b], -1).flatten(-2)] if interleaved else [a, b]
+    if kept.shape[-1]:
+        parts.append(kept.to(a.dtype))
+    return torch.cat(parts, -1).to(x.dtype)
