@@ -9,7 +9,7 @@ of call is timed once in a process, see :func:`_fastest`; every doubt is settled
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal, NamedTuple, final
 
@@ -22,15 +22,37 @@ from stabletx.functional.activations import gelu
 
 # oneDNN streams a weight as fast for four rows as for one, with a better kernel; measured.
 FEWEST_ROWS = 4
-_ROWS_TIMED, _TURNS = 128, 4
+_ROWS_TIMED, _TURNS = 128, 5
 _MANY = 32  # rows; below, reading the weight takes longer than multiplying by it
 _CACHE = 2**25  # bytes
+_COPIED = 2**23  # bytes of copies of a weight, in its timing
 # Entries of a weight that are looked at in each call, along each axis.
 _PROBES = 4
 
 Way = Literal["plain", "onednn", "transposed"]
 _Kind = tuple[torch.dtype, torch.Size, int, bool, int]
 _found: dict[_Kind, Way] = {}
+
+
+class Ready(NamedTuple):
+    """A linear map with all choices made, for many calls while its weight stays as it is."""
+
+    way: Way
+    weight: Tensor  # as the way reads it
+    bias: Tensor | None
+    then_gelu: bool
+
+    def __call__(self, x: Tensor) -> Tensor:  # (n, m) -> (n, f)
+        """Give ``x @ weight.T + bias``, or its GELU."""
+        return _multiply(x, *self)
+
+    def plus(self, x: Tensor, stream: Tensor) -> Tensor:  # (n, m), (n, f) -> (n, f)
+        """Give ``stream + x @ weight.T + bias``."""
+        if self.way == "onednn" and len(x) >= FEWEST_ROWS:
+            multiply = torch.ops.mkldnn._linear_pointwise.binary
+            out: Tensor = multiply(x, stream, self.weight, self.bias, "add")
+            return out
+        return self(x).add_(stream)
 
 
 class _State(NamedTuple):
@@ -87,16 +109,30 @@ class Prepacked:
 
         ``always`` takes oneDNN wherever it can, whether it is faster or not.
         """
-        if not can_prepack(x, weight, bias):
+        ready = self.ready(x, weight, bias, then_gelu=then_gelu, always=always)
+        if ready.way == "plain":
             return None
-        way = "onednn" if always else self._way(x, weight, bias, then_gelu)
-        if way == "plain":
-            return None
-        out = _multiply(x, way, self._packed(weight, way), bias, then_gelu)
+        out = _multiply(x, *ready)
         # In 16 bits oneDNN's GELU doubles its input first. A finite sum proves every entry finite.
         if then_gelu and is_sixteen_bit(out.dtype) and not bool(out.sum().isfinite()):
             return None
         return out
+
+    def ready(
+        self,
+        x: Tensor,  # (..., m)
+        weight: Tensor,  # (f, m)
+        bias: Tensor | None,  # (f,)
+        *,
+        then_gelu: bool = False,
+        always: bool = False,
+    ) -> Ready:
+        """Choose how rows like those of ``x`` are multiplied; see :meth:`apply`."""
+        if not can_prepack(x, weight, bias):
+            return Ready("plain", weight, bias, then_gelu)
+        way = "onednn" if always else self._way(x, weight, bias, then_gelu)
+        laid_out = weight if way == "plain" else self._packed(weight, way)
+        return Ready(way, laid_out, bias, then_gelu)
 
     def _way(self, x: Tensor, weight: Tensor, bias: Tensor | None, then_gelu: bool) -> Way:
         if torch.are_deterministic_algorithms_enabled():
@@ -105,12 +141,11 @@ class Prepacked:
         kind = _kind(weight, n_rows, then_gelu)
         way = _found.get(kind)
         if way is None:
-            ways: tuple[Way, ...] = ("onednn",)
+            ways: tuple[Way, ...] = ("plain", "onednn")
             if n_rows == 1 and weight.dtype == torch.float32:
-                ways = ("onednn", "transposed")
-            packed = {way: _pack(weight, way) for way in ways}
+                ways = ("plain", "onednn", "transposed")
             x = x.reshape(-1, x.shape[-1])[:_ROWS_TIMED]
-            way = _found[kind] = _fastest(x, weight, packed, bias, then_gelu)
+            way = _found[kind] = _fastest(x, weight, ways, bias, then_gelu)
         return way
 
     def _packed(self, weight: Tensor, way: Way) -> Tensor:
@@ -169,6 +204,8 @@ def _version(weight: Tensor) -> int:
 def _pack(weight: Tensor, way: Way) -> Tensor:
     with torch.no_grad():
         weight = weight.detach()
+        if way == "plain":
+            return weight.clone()  # for its timing; elsewhere the weight itself is read
         if way == "transposed":
             return weight.t().contiguous()
         packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
@@ -176,6 +213,9 @@ def _pack(weight: Tensor, way: Way) -> Tensor:
 
 
 def _multiply(x: Tensor, way: Way, packed: Tensor, bias: Tensor | None, then_gelu: bool) -> Tensor:
+    if way == "plain":
+        out = nn.functional.linear(x, packed, bias)
+        return gelu(out) if then_gelu else out
     n_rows = x.numel() // x.shape[-1]
     if way == "transposed":
         rows = x.reshape(n_rows, -1)
@@ -187,9 +227,13 @@ def _multiply(x: Tensor, way: Way, packed: Tensor, bias: Tensor | None, then_gel
     if n_rows >= FEWEST_ROWS:
         many: Tensor = multiply(x, packed, bias, *after)
         return many
-    rows = nn.functional.pad(x.reshape(n_rows, -1), (0, 0, 0, FEWEST_ROWS - n_rows))
-    few: Tensor = multiply(rows, packed, bias, *after)[:n_rows]
+    few: Tensor = multiply(_filled_up(x.reshape(n_rows, -1)), packed, bias, *after)[:n_rows]
     return few.view(*x.shape[:-1], few.shape[-1])
+
+
+def _filled_up(x: Tensor) -> Tensor:  # (n, m) -> (at least FEWEST_ROWS, m)
+    n_more = FEWEST_ROWS - x.shape[0]
+    return nn.functional.pad(x, (0, 0, 0, n_more)) if n_more > 0 else x
 
 
 def _kind(weight: Tensor, n_rows: int, then_gelu: bool) -> _Kind:
@@ -201,29 +245,38 @@ def _kind(weight: Tensor, n_rows: int, then_gelu: bool) -> _Kind:
 def _fastest(
     x: Tensor,  # (n, m)
     weight: Tensor,
-    packed: dict[Way, Tensor],
+    ways: tuple[Way, ...],
     bias: Tensor | None,
     then_gelu: bool,
 ) -> Way:
-    """Time every way turn by turn on some rows; the shortest time of each counts."""
+    """Time some ways turn by turn on some rows; the shortest time of each counts.
 
-    def plainly() -> Tensor:
-        out = nn.functional.linear(x, weight, bias)
-        return gelu(out) if then_gelu else out
+    Decoding reads one weight after another, each once a step: it finds none of them in the cache,
+    but the code that reads them. So few rows are multiplied by several copies in a row.
+    """
+    is_few = len(x) < _MANY
+    # A step of decoding fills its rows up once, not at each product.
+    rows: dict[Way, Tensor] = {"plain": x, "transposed": x, "onednn": _filled_up(x)}
+    # A weight larger than the cache does not stay there from one call to the next.
+    n_copies = max(2, min(8, _COPIED // weight.nbytes))
+    n_copies = n_copies if is_few and weight.nbytes <= _CACHE else 1
+    calls = {
+        way: [
+            partial(_multiply, rows[way], way, _pack(weight, way), bias, then_gelu)
+            for _ in range(n_copies)
+        ]
+        for way in ways
+    }
+    other = torch.zeros(_CACHE // 4 if is_few else 0)
+    turns = [{way: _seconds(calls[way], other) for way in ways} for _ in range(_TURNS)]
+    return min(ways, key=lambda way: min(turn[way] for turn in turns[1:]))
 
-    ways: dict[Way, Callable[[], Tensor]] = {"plain": plainly}
-    for way, laid_out in packed.items():
-        ways[way] = partial(_multiply, x, way, laid_out, bias, then_gelu)
-    # A step of decoding reads every weight once, so it finds none of them in the cache.
-    other = torch.zeros(_CACHE // 4 if len(x) < _MANY else 0)
-    for call in ways.values():
-        call()
-    turns = [{way: _seconds(call, other) for way, call in ways.items()} for _ in range(_TURNS)]
-    return min(ways, key=lambda way: min(turn[way] for turn in turns))
 
-
-def _seconds(call: Callable[[], object], other: Tensor) -> float:
-    other.add_(1)
+def _seconds(calls: Sequence[Callable[[], Tensor]], other: Tensor) -> float:
+    other.sum()
+    first, *others = calls
+    first()
     start = time.perf_counter()
-    call()
+    for call in others or calls:
+        call()
     return time.perf_counter() - start

@@ -12,7 +12,7 @@ from stabletx._precision import compute_dtype
 from stabletx.functional.activations import gelu
 from stabletx.functional.softmax import softmax
 from stabletx.layers._init import init_linear
-from stabletx.layers._prepacked import Prepacked
+from stabletx.layers._prepacked import Prepacked, Ready
 from stabletx.layers.normalization import NormKind, NormSettings, make_norm
 from stabletx.packing import Packed, Plan
 
@@ -277,12 +277,22 @@ class LanguageHead(nn.Module):
             x = self.hidden(x)
         if self.scale != 1.0:
             x = x * self.scale
-        weight = table if self.weight is None else self.weight
+        weight = self._table(table)
         # Behind a hidden layer scores are results, as of masked tokens, and oneDNN's sums round up
         # to 1.7 times as coarsely as torch's; a decoder only takes the largest, once a token.
         is_quick = self.hidden is None and not self.training
         out = self._prepacked.apply(x, weight, self.bias) if is_quick else None
         return nn.functional.linear(x, weight, self.bias) if out is None else out
+
+    def ready(self, table: Tensor, n_rows: int) -> Ready | None:
+        """Choose how so many rows are scored; None where the scores are more than products."""
+        if self.training or self.hidden is not None or self.scale != 1.0:
+            return None
+        weight = self._table(table)
+        return self._prepacked.ready(weight[:1].expand(n_rows, -1), weight, self.bias)
+
+    def _table(self, table: Tensor) -> Tensor:
+        return table if self.weight is None else self.weight
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self._prepacked.forget()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from stabletx import _checks
 from stabletx.functional.activations import gelu
-from stabletx.layers._prepacked import Prepacked
+from stabletx.layers._prepacked import Prepacked, Ready
 
 Backend = Literal["auto", "plain", "prepacked"]
 
@@ -61,9 +61,23 @@ class Linear(nn.Linear):
                 return out
         return gelu(self(x))
 
-    def _by_onednn(self, x: Tensor, *, then_gelu: bool) -> Tensor | None:
+    def ready(self, n_rows: int, *, then_gelu: bool = False, by_onednn: bool = False) -> Ready:
+        """Choose how so many rows are multiplied, once for many calls in inference.
+
+        With ``by_onednn`` a choice that is left to us is not made by timing.
+        """
+        if self._is_plain():
+            return Ready("plain", self.weight, self.bias, then_gelu)
+        x = self.weight.new_ones(n_rows, self.in_features)
+        always = by_onednn or self.backend == "prepacked"
+        return self._prepacked.ready(x, self.weight, self.bias, then_gelu=then_gelu, always=always)
+
+    def _is_plain(self) -> bool:
         _checks.check_one_of("backend", self.backend, ("auto", "plain", "prepacked"))
-        if self.training or self.backend == "plain":
+        return self.training or self.backend == "plain"
+
+    def _by_onednn(self, x: Tensor, *, then_gelu: bool) -> Tensor | None:
+        if self._is_plain():
             return None
         always = self.backend == "prepacked"
         return self._prepacked.apply(x, self.weight, self.bias, then_gelu=then_gelu, always=always)

@@ -94,8 +94,8 @@ def test_fused_gelu_is_as_close_to_the_exact_one_as_the_formula(dtype):
 def test_one_row_agrees_with_reference_by_whichever_way_was_fastest(monkeypatch, way, use_bias):
     tried = []
 
-    def fastest(x, weight, packed, bias, then_gelu):
-        tried.extend(packed)
+    def fastest(x, weight, ways, bias, then_gelu):
+        tried.extend(ways)
         return way
 
     monkeypatch.setattr(_prepacked, "_found", {})
@@ -105,7 +105,7 @@ def test_one_row_agrees_with_reference_by_whichever_way_was_fastest(monkeypatch,
         assert_within(bound(made, x), made(x), expected(made, x))
         made.weight.mul_(2)
     assert_within(bound(made, x), made.forward_gelu(x), gelu(expected(made, x)))
-    assert tried == ["onednn", "transposed"] * 2
+    assert tried == ["plain", "onednn", "transposed"] * 2
     assert linear(backend="auto", dtype=torch.bfloat16)(x.bfloat16()).shape == (1, 1, 80)
 
 
@@ -307,3 +307,30 @@ def test_linear_is_one_graph_when_compiled():
     x = rows(7, 48)
     with torch.no_grad():
         assert_within(bound(linear(), x), made(x), expected(linear(), x))
+
+
+@has_onednn
+@every_dtype
+@pytest.mark.parametrize("n_rows", [1, 4, 9])
+@pytest.mark.parametrize("backend", ["plain", "prepacked", "auto"])
+@torch.no_grad()
+def test_a_map_made_ready_adds_to_a_stream_by_every_way(dtype, n_rows, backend):
+    made, x, stream = linear(dtype=dtype, backend=backend), rows(n_rows, 48), rows(n_rows, 80)
+    x, stream = x.to(dtype), stream.to(dtype)
+    ready = made.ready(n_rows)
+    assert_within(bound(made, x), ready(x), expected(made, x))
+    # The stream is one more product, with a 1.
+    out, exact = ready.plus(x, stream), expected(made, x) + stream.double()
+    weight = torch.cat([made.weight.T, made.bias[None]])
+    limit = torch.stack(
+        [
+            matmul_error_bound(
+                torch.cat([x, torch.ones_like(x[:, :1]), stream[:, i : i + 1]], 1),
+                torch.cat([weight[:, i : i + 1], torch.ones_like(weight[:1, :1])]),
+            )[:, 0]
+            for i in range(80)
+        ],
+        1,
+    )
+    # Without a fused sum the product is rounded to the dtype before the stream is added.
+    assert_within(limit + bound(made, x), out, exact)
