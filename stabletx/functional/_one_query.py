@@ -34,11 +34,7 @@ def attend_one_query(
     if q.device.type != "cpu" or not values_may_be_read(q) or 0 in q.shape:
         return None
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    longest = _longest(q)
-    # Also false for NaN.
-    if not longest * longest_key * abs(scale) <= LARGEST_SCORE[q.dtype]:
-        return None
-    if not max(longest, longest_key, longest_value) <= LARGEST_ENTRY:
+    if not is_safe(longest_rows(q[None])[0], longest_key, longest_value, scale, q.dtype):
         return None
     added = None
     work = compute_dtype(q.dtype)
@@ -57,17 +53,39 @@ def attend_one_query(
             added = added.expand(b, h, 1, last - first)
         elif first >= last:
             return None
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     q, k, v = (x if x.dtype == work else x.to(work) for x in (q, k, v))
+    return attend_unguarded(q, k, v, added=added, scale=scale)
+
+
+def attend_unguarded(
+    q: Tensor,  # (b, h, 1, d)
+    k: Tensor,  # (b, g, s, d)
+    v: Tensor,  # (b, g, s, d)
+    *,
+    added: Tensor | None,  # (b, h, 1, s), to the scores
+    scale: float,
+) -> Tensor:  # (b, h, 1, d)
+    """Attend through torch's kernel, which is right where :func:`is_safe`."""
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     out: Tensor = kernel(q, k, v, 0.0, False, attn_mask=added, scale=scale)[0]
     return out
+
+
+def is_safe(
+    longest_query: float, longest_key: float, longest_value: float, scale: float, dtype: torch.dtype
+) -> bool:
+    """Tell from the largest norms, inf where one is not finite, whether the kernel is right."""
+    if not longest_query * longest_key * abs(scale) <= LARGEST_SCORE[dtype]:
+        return False
+    return max(longest_query, longest_key, longest_value) <= LARGEST_ENTRY
 
 
 def longest_rows(x: Tensor) -> list[float]:  # (n, ...) of rows (..., d) -> n
     """Give the largest norm of a row in each part of ``x``; inf where one is not finite."""
     norms = torch.linalg.vector_norm(x, dim=-1, dtype=compute_dtype(x.dtype))
-    return [x if x < torch.inf else torch.inf for x in norms.flatten(1).amax(1).tolist()]
+    return [finite_or_inf(x) for x in norms.flatten(1).amax(1).tolist()]
 
 
-def _longest(x: Tensor) -> float:
-    return longest_rows(x[None])[0]
+def finite_or_inf(x: float) -> float:
+    """Give inf for NaN, which ``max`` would lose."""
+    return x if x < torch.inf else torch.inf

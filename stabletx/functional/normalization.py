@@ -7,7 +7,7 @@ power of two for large rows, and the subtraction of a mean.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import repeat
+from itertools import chain, repeat
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ _SMALLEST_EPS = 1e-24
 # Up to so many rows numbers are looked at in Python, without the six operations on tensors that
 # cost a single token, as in decoding, more than its norm.
 _FEW_ROWS = 16
+# Of a row, below which ``rms_norm`` needs no scaling in any dtype.
+LARGEST_LENGTH = 2.0**30
 
 
 def layer_norm(
@@ -109,6 +111,16 @@ def _are_easy(mean: Tensor, rstd: Tensor, eps: float) -> bool:
 def _is_easy(mean: float, rstd: float, eps: float) -> bool:
     """Tell of one row, with room to spare, what ``layer_norm`` asks of all; false for NaN."""
     return (mean * mean + 4 * eps) * rstd * rstd <= 2.99 and rstd >= 2.0**-29
+
+
+def are_ordinary(moments: Tensor, eps: float) -> bool:  # (2 n, rows, 1)
+    """Tell of the means and ``rstd``, in turns, of ``n`` layer norms whether torch's were right.
+
+    ``eps`` is the largest of them. Reads values.
+    """
+    flat = moments.flatten(1).tolist()
+    pairs = zip(chain(*flat[::2]), chain(*flat[1::2]), strict=True)
+    return all(_is_easy(mean, rstd, eps) for mean, rstd in pairs)
 
 
 def _guarded_layer_norm(z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -54,6 +54,16 @@ class KeyValueCache:
         self._longest = (0.0, 0.0)
 
     @property
+    def n_kv_heads(self) -> int:
+        """Give the number of key/value heads."""
+        return self._k.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Give the dtype of keys and values."""
+        return self._k.dtype
+
+    @property
     def capacity(self) -> int:
         """Give the number of tokens that fit."""
         return self._k.shape[2]
@@ -84,6 +94,23 @@ class KeyValueCache:
             self._v[:, :, self.length : end] = v
         self.length = end
         return self.read()
+
+    def append_one(self, kv: Tensor) -> tuple[Tensor, Tensor]:  # (b, 2 g, d)
+        """Add one token a row, the heads of keys before those of values, where all fits.
+
+        Nothing but the room is checked; see :meth:`append` for the rest.
+        """
+        _, b, g, capacity, d = self._both.shape
+        end = self.length + 1
+        _layer_checks.check_cache_has_room(end, capacity)
+        self._both.select(3, self.length).copy_(kv.view(b, 2, g, d).transpose(0, 1))
+        self.length = end
+        return self._k.narrow(2, 0, end), self._v.narrow(2, 0, end)
+
+    def take_back(self) -> None:
+        """Forget the last token."""
+        self.length -= 1
+        self._n_seen = min(self._n_seen, self.length)
 
     def _fits(self, x: Tensor) -> bool:
         kept = self._k
@@ -118,9 +145,13 @@ class KeyValueCache:
         if self._n_seen < self.length:
             new = self._both[:, :, :, self._n_seen : self.length]
             found = longest_rows(new) if new.numel() else [0.0, 0.0]
-            self._longest = (max(self._longest[0], found[0]), max(self._longest[1], found[1]))
-            self._n_seen = self.length
+            self.measured(*found)
         return self._longest
+
+    def measured(self, longest_key: float, longest_value: float) -> None:
+        """Take over the largest norms of all tokens since the last look, instead of looking."""
+        self._longest = (max(self._longest[0], longest_key), max(self._longest[1], longest_value))
+        self._n_seen = self.length
 
     def reset(self) -> None:
         """Forget everything; the memory is kept."""

@@ -51,7 +51,7 @@ class DecoderStack(nn.Module):
         whole, near = self.places(positions, keys=keys, mask=mask, plan=inputs.plan)
         for i in range(self.n_layers):
             view = near if self.is_windowed(i) else whole
-            x = self.blocks[i * len(self.blocks) // self.n_layers](
+            x = self.block(i)(
                 x,
                 **view._asdict(),
                 cache=None if cache is None else cache.layers[i],
@@ -62,6 +62,10 @@ class DecoderStack(nn.Module):
             )
         out: Tensor = x if self.norm is None else self.norm(x)
         return out
+
+    def block(self, layer: int) -> nn.Module:
+        """Give the block of a layer, which several may share."""
+        return self.blocks[layer * len(self.blocks) // self.n_layers]
 
     def scores(self, x: Tensor) -> Tensor:  # (..., m) -> (..., vocab_size)
         """Score the next token."""

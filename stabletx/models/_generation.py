@@ -59,6 +59,15 @@ class DecoderCache:
         """Give the number of tokens so far, padding included."""
         return self.layers[0].length
 
+    @property
+    def batch_size(self) -> int:
+        """Give the number of sequences."""
+        return self._keep.shape[0]
+
+    def known(self, end: int) -> Tensor | None:  # (b, end) bool
+        """Tell which of the first tokens are real; None where all are."""
+        return self._keep[:, :end] if self._has_padding else None
+
     def place(self, ids: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, Mask | None]:
         """Take note of new tokens; give their positions and what they may see.
 
@@ -78,11 +87,11 @@ class DecoderCache:
         _checks.check_same("batch size", "input_ids", ids.shape[0], "cache", batch_size)
         _layer_checks.check_cache_has_room(end, capacity)
         self._has_padding = self._has_padding or keep is not None
-        if not self._has_padding:
+        known = self.known(end)
+        if known is None:
             keys = torch.arange(end, device=ids.device)
             return keys[start:], keys, None
-        self._keep[:, start:end] = True if keep is None else keep
-        known = self._keep[:, :end]
+        known[:, start:] = True if keep is None else keep
         keys = count_before(known)
         return keys[:, start:], keys, Mask.padding(known)
 

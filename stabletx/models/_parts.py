@@ -105,15 +105,20 @@ class Places(nn.Module):
             places = torch.arange(plan.max_length, device=positions.device)
         keys = places if keys is None else keys
         bias = None if self.relative is None else self.relative(places, keys)
-        whole = View(mask, bias, None if self.rotary is None else self.rotary(positions))
+        rotation, near_rotation = self.rotations(positions)
+        whole = View(mask, bias, rotation)
         if self.window is None:
             return whole, whole
         near = _near(places, keys, self.window)
-        rotation = whole.rotation
-        if self.rotary is not None and self.window_rotary is not None:
-            same = self.window_rotary.base == self.rotary.base
-            rotation = rotation if same else self.window_rotary(positions)
-        return whole, View(near if mask is None else near & mask, bias, rotation)
+        return whole, View(near if mask is None else near & mask, bias, near_rotation)
+
+    def rotations(self, positions: Tensor) -> tuple[Rotation | None, Rotation | None]:
+        """Give the rotation of a layer that sees all and of one with a window."""
+        if self.rotary is None or self.window_rotary is None:
+            return None, None
+        whole: Rotation = self.rotary(positions)
+        same = self.window is None or self.window_rotary.base == self.rotary.base
+        return whole, whole if same else self.window_rotary(positions)
 
 
 def _near(queries: Tensor, keys: Tensor, window: int) -> Mask:

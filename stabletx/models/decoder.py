@@ -11,6 +11,7 @@ from stabletx import _checks
 from stabletx.models._decoder_stack import DecoderStack, next_labels
 from stabletx.models._generation import DecoderCache, write_tokens
 from stabletx.models._inputs import Inputs, read_inputs
+from stabletx.models._one_token import OneToken
 from stabletx.models._parts import reset_model
 from stabletx.models._storage import StoredModel
 from stabletx.models.config import TransformerConfig
@@ -108,9 +109,17 @@ class Decoder(StoredModel):
         cache = self.new_cache(b, n + max_new_tokens)
         logits = self.stack.last_scores(self.stack(inputs, cache=cache), inputs.keep)
 
+        one_token = OneToken.of(self.stack, cache)
+
         def advance(ids: Tensor) -> Tensor:
-            new = read_inputs(ids, None)
-            return self.stack.last_scores(self.stack(new, cache=cache), None)
+            nonlocal one_token
+            scores = None if one_token is None else one_token(ids)
+            if scores is None:
+                one_token = None  # whatever asked for a guard is likely to ask again
+                scores = self.stack.last_scores(
+                    self.stack(read_inputs(ids, None), cache=cache), None
+                )
+            return scores
 
         return write_tokens(
             logits, advance, self.config,

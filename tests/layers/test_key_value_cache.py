@@ -233,3 +233,24 @@ def test_scores_too_large_for_the_kernel_are_those_of_attention(fast_ways):
     assert one_query(q, k, v, None) is None
     exact = reference_attention(q, k, v)
     assert_within(attention_error_bound(q, k, v), attention(q, k, v), exact)
+
+
+def test_one_token_side_by_side_is_one_that_was_appended():
+    (k, v), (new_k, new_v) = entries(3), entries(1)
+    cache, other = KeyValueCache(2, 2, 4, 4), KeyValueCache(2, 2, 4, 4)
+    for made in (cache, other):
+        made.append(k, v)
+        made.longest()
+    together = torch.cat([new_k[:, :, 0], new_v[:, :, 0]], 1)
+    for got, expected in zip(cache.append_one(together), other.append(new_k, new_v), strict=True):
+        assert torch.equal(got, expected)
+    with pytest.raises(ValueError, match=r"cache must have room for 5 tokens, got .*capacity=4"):
+        cache.append_one(together)
+    assert cache.longest() == other.longest()
+    cache.take_back()
+    for got, expected in zip(cache.read(), (k, v), strict=True):
+        assert torch.equal(got, expected)
+    cache.append_one(100 * together)  # looked at again, though as many tokens were seen before
+    assert cache.longest()[0] == pytest.approx(100 * float(new_k.norm(dim=-1).max()))
+    cache.measured(torch.inf, 1.0)
+    assert cache.longest()[0] == torch.inf
