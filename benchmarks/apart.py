@@ -37,10 +37,14 @@ class Apart:
             [sys.executable, "-m", "benchmarks.apart", *words],
             cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
-        found = self._answer("built")
-        if "missing" in found:
-            raise ImportError(name=found["missing"])
-        self.error = float(found["error"])
+        try:
+            found = self._answer("built")
+            if "missing" in found:
+                raise ImportError(name=found["missing"])
+            self.error = float(found["error"])
+        except BaseException:  # an interrupt too
+            self.close()
+            raise
 
     def seconds(self) -> float:
         """Take a turn; give the mean time of a call."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -114,33 +115,33 @@ def hold(contest: Contest, settings: Settings) -> Outcome:
     """
     rows: dict[str, Row] = {}
     calls: dict[str, Call | Apart] = {}
-    for name, make in contest.makers.items():
-        rows[name] = row = Row()
-        try:
-            contestant = make()
-        except ImportError as missing:
-            row.reason = f"{missing.name or missing} is not installed"
-            continue
-        is_apart = isinstance(contestant, Apart)
-        row.error = contestant.error if is_apart else contest.error(contestant())
-        allowed = contest.allowed.get(name, contest.allowed[""])
-        if row.error <= allowed:
-            calls[name] = contestant
-        elif name == OURS:
-            raise BenchmarkError(f"{OURS} is off by {row.error:.3g}, more than {allowed:.3g}.")
-        else:
-            row.reason = f"wrong by {row.error:.3g}, more than {allowed:.3g}"
-    wants_limit = bool(contest.flops or contest.n_bytes) and not settings.is_quick
-    machine = limits(contest.dtype, settings.device) if wants_limit else {}
-    timings = in_turns(
-        {**calls, **machine},
-        rounds=settings.rounds,
-        seconds_a_turn=0.0 if settings.is_quick else 0.03,
-        device=settings.device,
-    )
-    for contestant in calls.values():
-        if isinstance(contestant, Apart):
-            contestant.close()
+    with ExitStack() as open_ones:
+        for name, make in contest.makers.items():
+            rows[name] = row = Row()
+            try:
+                contestant = make()
+            except ImportError as missing:
+                row.reason = f"{missing.name or missing} is not installed"
+                continue
+            is_apart = isinstance(contestant, Apart)
+            if is_apart:
+                open_ones.callback(contestant.close)
+            row.error = contestant.error if is_apart else contest.error(contestant())
+            allowed = contest.allowed.get(name, contest.allowed[""])
+            if row.error <= allowed:
+                calls[name] = contestant
+            elif name == OURS:
+                raise BenchmarkError(f"{OURS} is off by {row.error:.3g}, more than {allowed:.3g}.")
+            else:
+                row.reason = f"wrong by {row.error:.3g}, more than {allowed:.3g}"
+        wants_limit = bool(contest.flops or contest.n_bytes) and not settings.is_quick
+        machine = limits(contest.dtype, settings.device) if wants_limit else {}
+        timings = in_turns(
+            {**calls, **machine},
+            rounds=settings.rounds,
+            seconds_a_turn=0.0 if settings.is_quick else 0.03,
+            device=settings.device,
+        )
     for name in calls:
         rows[name] = timed(rows[name], timings[name], timings[OURS])
     about = {**contest.about, **_shares(contest, timings)} if machine else dict(contest.about)

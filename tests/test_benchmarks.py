@@ -159,6 +159,18 @@ def test_a_contestant_that_ends_in_another_process_is_no_result():
         Apart("encoder", "no such workload", OURS, "cpu")
 
 
+@pytest.mark.parametrize("allowed", [{"": 1.0, "other": 0.0}, {"": 1.0}])
+def test_no_contestant_in_another_process_is_left_behind(allowed, monkeypatch):
+    ended = []
+    monkeypatch.setattr(Apart, "__init__", lambda self: setattr(self, "error", 0.5))
+    monkeypatch.setattr(Apart, "close", lambda self: ended.append(self))
+    monkeypatch.setattr(Apart, "seconds", lambda _: 1 / 0)
+    tried = Contest({"other": Apart, OURS: Apart}, float, allowed)
+    with pytest.raises(ZeroDivisionError):
+        hold(tried, Settings(rounds=1))
+    assert len(ended) == 2
+
+
 def test_ratio_is_taken_round_by_round():
     ours, theirs = Timing(0.0, 0.0, (1.0, 20.0, 3.0)), Timing(0.0, 0.0, (2.0, 40.0, 6.0))
     assert theirs.ratio_of(ours) == (0.5, 0.0)

@@ -117,6 +117,15 @@ def test_packed_attention_is_that_of_each_sequence_alone(is_causal, longest, dty
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("lengths", [[40, 30, 30], [6, 5]])
+def test_autocast_changes_no_bit_of_packed_attention(lengths):
+    plan = Plan.of_lengths(torch.tensor(lengths))
+    q, k, v = torch.randn(3, sum(lengths), 4, 32)
+    plain = packed_attention(q, k, v, plan)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(packed_attention(q, k, v, plan), plain)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 2.0**100])
 @pytest.mark.parametrize("lengths", [[3, 3], [3, 2]])
 def test_packed_attention_keeps_what_a_sequence_holds_to_itself(value, lengths):

@@ -21,6 +21,8 @@ from stabletx.functional._guards import repeat_heads
 PAIRS, PAIRS_OF_ONE_THREAD = 2**16, 2**14
 # Bytes of weights that are made together, so that they stay in the processor's nearer cache.
 AT_ONCE = 2**20
+# Bytes; as torch aligns the memory that it allocates.
+ALIGNMENT = 64
 
 Kept = tuple[Tensor, ...]  # of the kernel (out, logsumexp); of products (weights,) or with what
 #                            dropout left of them, bool
@@ -54,7 +56,7 @@ def attend(
     if torch.is_autocast_enabled("cpu"):
         with torch.autocast("cpu", enabled=False):
             return attend(q, k, v, added, how, keep=keep, out=out)
-    q, k, v = (_last_stride_one(x) for x in (q, k, v))
+    q, k, v = (_settled(x) for x in (q, k, v))
     if how.dropout_p > 0 or takes_products(q.shape[2], k.shape[2]):
         out = torch.empty_like(q) if out is None else out
         return out, _products(q, k, v, added, how, keep, out)
@@ -77,7 +79,7 @@ def gradients(
     if torch.is_autocast_enabled("cpu"):
         with torch.autocast("cpu", enabled=False):
             return gradients(grad, q, k, v, added, kept, how)
-    grad, q, k, v = (_last_stride_one(x) for x in (grad, q, k, v))
+    grad, q, k, v = (_settled(x) for x in (grad, q, k, v))
     if kept[-1].ndim == 4:  # of every pair, where the kernel's logsumexp is of every row
         return _products_backward(grad, q, k, v, kept, how)
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -87,8 +89,21 @@ def gradients(
     return dq, dk, dv
 
 
-def _last_stride_one(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _settled(x: Tensor) -> Tensor:
+    """Copy a view whose rows are not aligned as they would be in memory of their own.
+
+    The bits of a product depend on the alignment of what it reads, and a guard's copy of such a
+    view has another.
+    """
+    if is_aligned(x) or (x.is_contiguous() and x.data_ptr() % ALIGNMENT == 0):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def is_aligned(x: Tensor) -> bool:
+    """Tell whether every row begins with a cache line, here and in memory of its own."""
+    steps = (step * x.element_size() for step in (x.shape[-1], *x.stride()[:-1]))
+    return x.stride(-1) == 1 and not any(at % ALIGNMENT for at in (x.data_ptr(), *steps))
 
 
 def _products(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stabletx import _checks
 from stabletx._precision import compute_dtype
-from stabletx.functional._kernels import How, Kept, attend, gradients, takes_products
+from stabletx.functional._kernels import How, Kept, attend, gradients, is_aligned, takes_products
 from stabletx.packing import Plan
 
 # Mean length, tokens, from which a sequence is worth operations of its own; measured.
@@ -39,15 +39,17 @@ def attend_runs(
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         made: Tensor = _Runs.apply(q, k, v, plan, how, exact)  # type: ignore[no-untyped-call]
         return made
-    if is_short(q, k, plan, how):
-        return _one_by_one(q, k, v, plan, how.scale)
+    if is_short(q, k, v, plan, how):
+        with torch.autocast("cpu", enabled=False):
+            return _one_by_one(q, k, v, plan, how.scale)
     parts = [attend(q, k, v, None, how, keep=False)[0] for q, k, v in _runs(plan, q, k, v)]
     return _joined(parts, q.dtype)
 
 
-def is_short(q: Tensor, k: Tensor, plan: Plan, how: How) -> bool:
+def is_short(q: Tensor, k: Tensor, v: Tensor, plan: Plan, how: How) -> bool:
     """Tell whether every sequence is best multiplied out by itself, without masks or groups."""
     plain = how.dropout_p == 0 and not how.is_causal and q.shape[1] == k.shape[1]
+    plain = plain and all(map(is_aligned, (q, k, v)))  # so that a view has the bits of a copy
     worth_it = plan.n_tokens >= ALONE_FROM * len(plan.rank)
     return plain and worth_it and takes_products(plan.max_length, plan.max_length)
 

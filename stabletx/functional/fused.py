@@ -233,13 +233,14 @@ class _Fused(torch.autograd.Function):
         exact: Exact,
     ) -> Tensor:
         out, kept = _attended(problem, sight, pieces, keep=True)
-        ctx.save_for_backward(q, k, v, *(x for own in kept for x in own))
+        # The bias is saved so that autograd refuses one that was written to in between.
+        ctx.save_for_backward(q, k, v, problem.bias, *(x for own in kept for x in own))
         ctx.rest = (problem, sight, pieces, [len(own) for own in kept], exact)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *saved = ctx.saved_tensors
+        q, k, v, _, *saved = ctx.saved_tensors
         problem, sight, pieces, counts, exact = ctx.rest
         if torch.is_grad_enabled():
             _checks.check_no_dropout(problem.dropout_p)

@@ -136,6 +136,15 @@ def test_autocast_changes_no_bit_of_float32_attention(method, dtype):
     assert torch.equal(cast, plain)
 
 
+def test_a_bias_written_to_before_the_backward_pass_is_refused():
+    q = torch.randn(1, 1, 400, 8, requires_grad=True)
+    bias = torch.randn(1, 1, 400, 400)
+    out = attention(q, q, q, bias=bias, method="fused")
+    bias.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
 def test_lengths_may_vary_without_a_graph_break():
     torch._dynamo.reset()
     compiled = torch.compile(

@@ -82,6 +82,29 @@ def test_garbage_where_no_query_looks_changes_no_bit(method, dtype, blocking):
         assert not spoilt[3].masked_fill(here, 0.0).any()
 
 
+@every_dtype
+@pytest.mark.parametrize("grad", [False, True])
+def test_garbage_beside_a_view_of_wider_memory_changes_no_bit(dtype, grad):
+    for n, d in ((9, 7), (64, 16), (64, 64), (100, 33)):
+
+        def inside_wider(x, n=n, d=d):
+            wide = torch.zeros(*x.shape[:2], n + 3, d + 5, dtype=dtype)
+            wide[:, :, 1 : n + 1, 2 : d + 2] = x
+            return wide[:, :, 1 : n + 1, 2 : d + 2].requires_grad_(grad)
+
+        q, k, v = qkv(dtype, t=n, s=n, d=d, e=d)
+        junk_k, junk_v = k.clone(), v.clone()
+        junk_k[:, :, n // 2 :], junk_v[:, :, n // 2 :] = math.nan, math.inf
+        mask = Mask.lengths(torch.tensor([n // 2, n // 2]))
+        found = []
+        for keys, values in ((k, v), (junk_k, junk_v)):
+            heads = [inside_wider(x) for x in (q, keys, values)]
+            out = attention(*heads, mask=mask)
+            grads = torch.autograd.grad(out, heads, draw_like(out)) if grad else ()
+            found.append((out, *grads))
+        assert same_bits(*found), (n, d)
+
+
 @every_method
 @every_dtype
 def test_garbage_behind_minus_infinity_in_the_bias_changes_no_bit(method, dtype):
