@@ -137,7 +137,8 @@ def _products(
 
 def _multiply(a: Tensor, b: Tensor, factor: float, target: Tensor) -> None:
     """Write ``factor * a @ b``, of (n h) matrices each, into a target (n, h, ...)."""
-    if target.is_contiguous() and target.dtype == a.dtype:
+    is_plain = target.is_contiguous() and target.data_ptr() % ALIGNMENT == 0
+    if is_plain and target.dtype == a.dtype:
         whole = target.flatten(0, 1)
         torch.baddbmm(whole, a, b, beta=0, alpha=factor, out=whole)
     else:
