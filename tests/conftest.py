@@ -1,8 +1,10 @@
 """One Hypothesis profile for every test, and what tests in several folders ask for."""
 
+import os
+
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 settings.register_profile(
     "stabletx",
@@ -12,7 +14,23 @@ settings.register_profile(
     max_examples=50,
     suppress_health_check=list(HealthCheck),
 )
-settings.load_profile("stabletx")
+settings.register_profile(
+    "mutants",
+    settings.get_profile("stabletx"),
+    max_examples=4,
+    # Nobody reads a mutant's failing case: it is not made smaller.
+    phases=[Phase.explicit, Phase.generate],
+)
+# Set by mutmut. A mutant meets many tests, and most die of the first example.
+MUTATING = "MUTANT_UNDER_TEST" in os.environ
+settings.load_profile("mutants" if MUTATING else "stabletx")
+
+
+def pytest_itemcollected(item):
+    """Draw few examples, also where a test asks for many, while mutants are tested."""
+    test = getattr(item, "obj", None)
+    if MUTATING and getattr(test, "is_hypothesis_test", False):
+        test._hypothesis_internal_use_settings = settings.default
 
 
 @pytest.fixture
