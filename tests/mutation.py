@@ -1,9 +1,14 @@
 """Test the mutants that mutmut makes: all tests are collected once, and each mutant is a fork.
 
     export OMP_NUM_THREADS=1
-    python -m mutmut run --max-children 1 nothing   # make the mutants, find the tests of each
+    python -m mutmut run --max-children 1 "stabletx.masks.x__not_blocked__mutmut_1"  # make them all
     python -m tests.mutation                        # test those not tested yet
     python -m tests.mutation masks functional/tiled # of these files only
+    python -m tests.mutation --again                # give those that survived every test there is
+    python -m tests.mutation --report               # count them, file by file
+
+At first a mutant that lives through BUDGET seconds of tests counts as a survivor, which can only
+make the figures look worse; ``--again`` has no such end.
 
 mutmut's own runner starts pytest anew for each mutant, which takes longer than the tests do. The
 results are written where mutmut keeps them, so ``mutmut results`` and ``mutmut show`` work.
@@ -13,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import resource
 import signal
@@ -28,6 +34,7 @@ MUTANTS = Path("mutants").resolve()
 SURVIVED, KILLED, NO_TESTS, TIMEOUT = 0, 1, 33, 36
 # Seconds of processor time that one test may take beyond ten times its usual ones.
 PATIENCE = 3.0
+BUDGET = 8.0
 
 
 class Results:
@@ -42,25 +49,46 @@ class Results:
             if not wanted or any(name.startswith(one) for one in wanted)
         }
 
-    def untested(self) -> list[tuple[Path, str]]:
+    def having(self, wanted: int | None) -> list[tuple[Path, str]]:
         return [
             (path, name)
             for path, file in self.files.items()
             for name, code in file["exit_code_by_key"].items()
-            if code is None
+            if code == wanted
         ]
+
+    def table(self) -> str:
+        """Count the mutants of each file; one that never ends is killed."""
+        rows = ["| file | mutants | killed | survived | not tested |", "|---|---|---|---|---|"]
+        total: Counter[int | None] = Counter()
+        for path, file in sorted(self.files.items()):
+            counts = Counter(file["exit_code_by_key"].values())
+            total += counts
+            if counts:
+                rows.append(_row(path.relative_to(MUTANTS).as_posix()[: -len(".meta")], counts))
+        return "\n".join([*rows, _row("all", total)])
 
     def put(self, path: Path, mutant: str, code: int) -> None:
         self.files[path]["exit_code_by_key"][mutant] = code
         path.write_text(json.dumps(self.files[path], indent=4))
 
 
+def _row(name: str, counts: Counter[int | None]) -> str:
+    tested = {code: n for code, n in counts.items() if code is not None}
+    survived = tested.get(SURVIVED, 0) + tested.get(NO_TESTS, 0)
+    killed = sum(tested.values()) - survived
+    share = 100 * killed / max(1, killed + survived)
+    return f"| {name} | {counts.total()} | {killed} ({share:.1f} %) | {survived} | {counts[None]} |"
+
+
 class Session:
     """A pytest plugin that, in place of running the tests, tests every mutant with them."""
 
-    def __init__(self, results: Results) -> None:
+    def __init__(self, results: Results, *, again: bool) -> None:
         stats = json.loads((MUTANTS / "mutmut-stats.json").read_text())
         self.results = results
+        self.work = results.having(SURVIVED if again else None)
+        self.budget = math.inf if again else BUDGET
         self.tests = stats["tests_by_mangled_function_name"]
         self.seconds = stats["duration_by_test"]
         self.kills: dict[str, Counter[str]] = defaultdict(Counter)
@@ -72,8 +100,12 @@ class Session:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         items = {item.nodeid: item for item in session.items}
-        work, began = self.results.untested(), time.monotonic()
-        for done, (path, mutant) in enumerate(work):
+        began = time.monotonic()
+        # Whatever fails without a mutant would seem to kill every one.
+        code, failing = self._fork("none", sorted(session.items, key=self._time))
+        if code != SURVIVED:
+            pytest.exit(f"without a mutant {failing} fails", returncode=1)
+        for done, (path, mutant) in enumerate(self.work):
             function = mutant.rpartition("__mutmut_")[0]
             kills, file = self.kills[function], self.kills[path.name]
             names = [name for name in self.tests.get(function, ()) if name in items]
@@ -87,9 +119,12 @@ class Session:
             self.results.put(path, mutant, code)
             if code != KILLED:
                 word = {SURVIVED: "survived", NO_TESTS: "no tests", TIMEOUT: "timeout"}[code]
-                spent = f"{done + 1}/{len(work)}, {time.monotonic() - began:.0f} s"
-                print(f"{mutant}: {word} ({spent})", file=sys.__stdout__, flush=True)
+                spent = f"{done + 1}/{len(self.work)}, {time.monotonic() - began:.0f} s"
+                print(f"{mutant}: {word} ({spent})", file=sys.__stderr__, flush=True)
         return True
+
+    def _time(self, item: pytest.Item) -> float:
+        return self.seconds[item.nodeid]
 
     def _fork(self, mutant: str, items: list[pytest.Item]) -> tuple[int, list[str]]:
         reader, writer = os.pipe()
@@ -110,11 +145,12 @@ class Session:
 
     def _test(self, mutant: str, items: list[pytest.Item], writer: int) -> int:
         os.environ["MUTANT_UNDER_TEST"] = mutant
-        silence = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(silence, 1)
-        os.dup2(silence, 2)
+        config = items[0].config
+        config.pluginmanager.unregister(name="terminalreporter")
         resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30))
         for item in items:
+            if mutant != "none" and time.process_time() > self.budget:
+                break
             os.write(writer, f"{item.nodeid}\n".encode())
             signal.setitimer(signal.ITIMER_PROF, PATIENCE + 10 * self.seconds[item.nodeid])
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
@@ -126,13 +162,20 @@ class Session:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="*", help="files below stabletx, such as functional/tiled")
-    results = Results(parser.parse_args().files)
+    parser.add_argument("--again", action="store_true", help="test those that survived")
+    parser.add_argument("--report", action="store_true", help="count them and leave")
+    arguments = parser.parse_args()
+    results = Results(arguments.files)
+    if arguments.report:
+        print(results.table())
+        return
+    session = Session(results, again=arguments.again)
     settings = tomllib.loads(Path("pyproject.toml").read_text())["tool"]["mutmut"]
     chosen = settings["pytest_add_cli_args"] + settings["pytest_add_cli_args_test_selection"]
     os.environ["MUTANT_UNDER_TEST"] = ""
     os.chdir(MUTANTS)
     sys.path.insert(0, str(MUTANTS))
-    sys.exit(pytest.main(["--rootdir=.", *chosen], [Session(results)]))
+    sys.exit(pytest.main(["--rootdir=.", *chosen], [session]))
 
 
 if __name__ == "__main__":
