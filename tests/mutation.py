@@ -17,6 +17,7 @@ results are written where mutmut keeps them, so ``mutmut results`` and ``mutmut 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -90,7 +91,7 @@ class Session:
         self.work = results.having(SURVIVED if again else None)
         self.budget = math.inf if again else BUDGET
         self.tests = stats["tests_by_mangled_function_name"]
-        self.seconds = stats["duration_by_test"]
+        self.seconds: dict[str, float] = stats["duration_by_test"]
         self.kills: dict[str, Counter[str]] = defaultdict(Counter)
         self.failed = False
 
@@ -105,12 +106,15 @@ class Session:
         code, failing = self._fork("none", sorted(session.items, key=self._time))
         if code != SURVIVED:
             pytest.exit(f"without a mutant {failing} fails", returncode=1)
+        gc.freeze()
         for done, (path, mutant) in enumerate(self.work):
             function = mutant.rpartition("__mutmut_")[0]
             kills, file = self.kills[function], self.kills[path.name]
             names = [name for name in self.tests.get(function, ()) if name in items]
-            # What killed a sibling is likely to kill this one; then the quick ones.
-            names.sort(key=lambda name: (-kills[name], -file[name], self.seconds[name]))
+            # What killed a sibling is likely to kill this one, and the quick ones cost nothing.
+            names.sort(
+                key=lambda name: -(0.1 + file[name] + 9 * kills[name]) / (0.02 + self.seconds[name])
+            )
             code = NO_TESTS
             if names:
                 code, killer = self._fork(mutant, [items[name] for name in names])

@@ -181,25 +181,20 @@ def test_joined_masks_know_their_sizes():
         assert join(Mask.padding(two), Mask.causal(torch.tensor([1]))).sizes() == (2, None)
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda x: Mask.causal(x[0].long()),
-        lambda x: Mask.window(1, None, x[0].long()),
-        lambda x: Mask.lengths(x[0].long()),
-        lambda x: Mask.padding(x),
-        lambda x: Mask.segments(x.long()),
-        lambda x: Mask.dense(x[None, None]),
-        lambda x: Mask.causal() & Mask.padding(x),
-        lambda x: Mask.padding(x) | Mask.causal(),
-        lambda x: ~Mask.padding(x),
-    ],
-)
-def test_masks_know_the_device_of_their_tensors(make):
-    mask = make(torch.ones(2, 2, dtype=torch.bool, device="meta"))
-    assert mask.devices() == {torch.device("meta")}
-    assert mask.to_dense(2, 2).device == torch.device("meta")
+def test_masks_know_the_device_of_their_tensors():
+    offset, keep = torch.tensor([1, 1]), torch.ones(2, 2, dtype=torch.bool)
+    for mask in (
+        Mask.causal(offset), Mask.window(1, None, offset), Mask.lengths(offset),
+        Mask.padding(keep), Mask.segments(keep.long()), Mask.dense(keep[None, None]),
+        Mask.causal() & Mask.padding(keep), Mask.padding(keep) | Mask.causal(), ~Mask.padding(keep),
+    ):  # fmt: skip
+        assert mask.devices() == {torch.device("cpu")}
     assert Mask.causal().devices() == set()
+
+
+def test_to_dense_is_written_where_the_tensors_are_or_where_it_is_asked_for():
+    away = Mask.lengths(torch.ones(2, dtype=torch.int64, device="meta"))
+    assert away.to_dense(2, 2).device == torch.device("meta")
     assert Mask.causal().to_dense(2, 2).device == torch.device("cpu")
     assert Mask.causal().to_dense(2, 2, "meta").device == torch.device("meta")
 
@@ -324,6 +319,16 @@ def test_repr_says_what_the_mask_is():
 
 keep = torch.ones(2, 3, dtype=torch.bool)
 REFUSED = [
+    (
+        lambda: Mask.from_mha([1]),
+        TypeError,
+        "attn_mask must be a torch.Tensor, got attn_mask=list. Use torch.as_tensor.",
+    ),
+    (
+        lambda: Mask.from_mha(key_padding_mask=1),
+        TypeError,
+        "key_padding_mask must be a torch.Tensor, got key_padding_mask=int. Use torch.as_tensor.",
+    ),
     (
         lambda: Mask.dense(keep),
         ValueError,
