@@ -5,7 +5,7 @@
     python -m tests.mutation                        # test those not tested yet
     python -m tests.mutation masks functional/tiled # of these files only
     python -m tests.mutation --again                # give those that survived every test there is
-    python -m tests.mutation --report               # count them, file by file
+    python -m tests.mutation --report               # count them; name survivors without a reason
 
 At first a mutant that lives through BUDGET seconds of tests counts as a survivor, which can only
 make the figures look worse; ``--again`` has no such end.
@@ -32,6 +32,7 @@ from pathlib import Path
 import pytest
 
 MUTANTS = Path("mutants").resolve()
+REASONS = Path("docs/mutants.md").resolve()
 SURVIVED, KILLED, NO_TESTS, TIMEOUT = 0, 1, 33, 36
 # Seconds of processor time that one test may take beyond ten times its usual ones.
 PATIENCE = 3.0
@@ -172,6 +173,9 @@ def main() -> None:
     results = Results(arguments.files)
     if arguments.report:
         print(results.table())
+        reasons = REASONS.read_text()
+        names = [name for _, name in results.having(SURVIVED) + results.having(NO_TESTS)]
+        print(*(f"no reason yet: {name}" for name in names if f"`{name}`" not in reasons), sep="\n")
         return
     session = Session(results, again=arguments.again)
     settings = tomllib.loads(Path("pyproject.toml").read_text())["tool"]["mutmut"]

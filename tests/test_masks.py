@@ -197,6 +197,8 @@ def test_to_dense_is_written_where_the_tensors_are_or_where_it_is_asked_for():
     assert away.to_dense(2, 2).device == torch.device("meta")
     assert Mask.causal().to_dense(2, 2).device == torch.device("cpu")
     assert Mask.causal().to_dense(2, 2, "meta").device == torch.device("meta")
+    assert Mask.everything().to_dense(2, 2, "meta").device == torch.device("meta")
+    assert away.band(2, 2).keep.device == torch.device("meta")
 
 
 @given(case=joined_masks())
@@ -315,6 +317,7 @@ def test_repr_says_what_the_mask_is():
     assert repr(Mask.causal(torch.tensor([1]))) == "Mask.causal(offset of shape (1,))"
     assert repr(Mask.causal(-1)) == "Mask.causal(offset=-1)"
     assert repr(Mask.everything()) == "Mask.everything()"
+    assert repr(Mask.window(right=1)) == "Mask.window(left=None, right=1)"
 
 
 keep = torch.ones(2, 3, dtype=torch.bool)

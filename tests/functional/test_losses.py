@@ -370,7 +370,7 @@ def test_wrong_arguments_are_refused_by_name():
             ValueError, match=rf"label_smoothing must be in \[0, 1\), got .*={label_smoothing}"
         ):
             cross_entropy(logits, labels, label_smoothing=label_smoothing)
-    for z_loss in (-1e-4, float("nan"), float("inf")):
+    for z_loss in (-1e-4, 1.5, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=rf"z_loss must be .*, got z_loss={z_loss}"):
             cross_entropy(logits, labels, z_loss=z_loss)
     with pytest.raises(ValueError, match=r"reduction must be one of 'mean', 'sum', 'none', got re"):
