@@ -31,8 +31,8 @@ faster. All contestants of a workload take turns, each round beginning with anot
 encoders, training and decoding in processes of their own, for beside CTranslate2 everybody's
 threads sleep between two steps. The ratio is taken round by round; the median and the interquartile
 range (±) are given. They hold the same random weights, and each is compared with a float64 model of
-torch's own layers before it is timed: a wrong answer gets no time. The error in the tables is the largest
-difference from that model on real tokens; for training the largest error of the gradient of the
+torch's own layers before it is timed: a wrong answer gets no time. The error in the tables is the
+largest difference from that model on real tokens; for training the largest error of the gradient of the
 embeddings, as a share of its largest entry; for decoding how much less a written token scores than
 the best one after the same text; for attention, softmax and norms a share of the computed bound.
 
