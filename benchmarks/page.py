@@ -29,12 +29,13 @@ Made from the committed results by `{command}`; nothing here is typed by hand.
 The figure is the **ratio**, the time of stabletx over the time of the peer: below 1 stabletx is
 faster. All contestants of a workload take turns, each round beginning with another; those of
 encoders, training and decoding in processes of their own, for beside CTranslate2 everybody's
-threads sleep between two steps. The ratio is taken round by round; the median and the interquartile
-range (±) are given. They hold the same random weights, and each is compared with a float64 model of
-torch's own layers before it is timed: a wrong answer gets no time. The error in the tables is the
-largest difference from that model on real tokens; for training the largest error of the gradient of the
-embeddings, as a share of its largest entry; for decoding how much less a written token scores than
-the best one after the same text; for attention, softmax and norms a share of the computed bound.
+threads sleep between two steps. The ratio is taken round by round; the median and the
+interquartile range (±) are given. They hold the same random weights, and each is compared with a
+float64 model of torch's own layers before it is timed: a wrong answer gets no time. The error in
+the tables is the largest difference from that model on real tokens; for training the largest error
+of the gradient of the embeddings, as a share of its largest entry; for decoding how much less a
+written token scores than the best one after the same text; for attention, softmax and norms a
+share of the computed bound.
 
 Peers are called their fastest way: Hugging Face with `sdpa`, `nn.TransformerEncoder` on its fast
 path with nested tensors, ONNX Runtime with its BERT optimiser and every graph optimisation,
