@@ -1,0 +1,98 @@
+"""Float64 attention near the largest float is the same attention, whatever the magnitudes."""
+
+import pytest
+import torch
+
+from stabletx.functional._extended import ROOM, Scaled, extended, times_power
+from stabletx.functional._problem import checked_problem
+from stabletx.testing.cases import AttentionCase
+
+LARGEST = torch.finfo(torch.float64).max
+OPTIONS = [
+    {},
+    {"mask": "causal&padding_right", "shape": (2, 4, 2, 5, 7, 4, 3)},
+    {"mask": "empty_rows", "sinks": True},
+    {"bias": "gaussian", "softcap": 5.0, "sinks": True, "mask": "random"},
+    {"bias": "blocking", "scale": 1.0},
+    {"bias": "alibi", "sinks": True, "scale": 0.05},
+    {"shape": (1, 2, 1, 3, 0, 4, 3)},
+    {"shape": (1, 2, 1, 0, 3, 4, 3)},
+    {"shape": (1, 6, 3, 7, 1, 8, 8), "sinks": True},
+]
+
+
+# Where products of the largest float cancel to exactly 0, the reference takes a sink for 0 as well.
+FAMILIES = ["gaussian", "tied", "huge_values", "huge_keys", "dtype_max"]
+CASES = [
+    (family, options)
+    for family in FAMILIES
+    for options in OPTIONS
+    if family != "dtype_max" or not options.get("sinks")
+]
+
+
+@pytest.mark.parametrize(("family", "options"), CASES, ids=str)
+def test_extended_attention_is_inside_the_bound_at_every_magnitude(family, options):
+    case = AttentionCase.build(
+        family=family, seed=3, dtype=torch.float64, **{"shape": (2, 4, 2, 5, 6, 4, 3), **options}
+    )
+    names = [name for name in ("q", "k", "v", "bias", "sinks") if getattr(case, name) is not None]
+    leaves = {name: getattr(case, name).detach().requires_grad_() for name in names}
+    q, k, v = (leaves[name] for name in "qkv")
+    extras = [leaves.get("bias"), case.scale, case.softcap, leaves.get("sinks")]
+    problem = checked_problem(q, k, v, case.mask, *extras, 0.0, None)
+    out, lse, top, entropy, weights = extended(problem, problem.sight().dense())
+    grads = torch.autograd.grad(out, list(leaves.values()), case.grad_out)
+
+    judged, exact = case.judged(), case.reference()
+    found = {"out": out.detach(), **dict(zip((f"d{name}" for name in names), grads, strict=True))}
+    right = {"out": judged.out, **judged.gradients._asdict()}
+    for name, actual in found.items():
+        held = right[name].isfinite()
+        bound = getattr(judged.bound, name)[held]
+        assert actual.shape == right[name].shape
+        assert ((actual[held] - right[name][held]).abs() <= bound).all(), name
+    for actual, expected in ((lse, exact.lse), (top, exact.max_score), (entropy, exact.entropy)):
+        assert torch.allclose(actual.detach(), expected, equal_nan=True)
+    assert torch.allclose(weights, exact.weights)
+
+
+def test_extended_lse_has_the_weights_as_its_gradient():
+    case = AttentionCase.build(shape=(2, 4, 2, 5, 6, 4, 3), dtype=torch.float64, bias="gaussian")
+    bias = case.bias.clone().requires_grad_()
+    problem = checked_problem(
+        case.q, case.k, case.v, None, bias, None, None, None, 0.0, None
+    )  # fmt: skip
+    lse = extended(problem, None)[1]
+    (grad,) = torch.autograd.grad(lse.sum(), bias)
+    assert torch.allclose(grad, case.reference().weights.sum_to_size(bias.shape))
+
+
+def test_times_power_reaches_every_float_without_leaving_the_range():
+    tiny = torch.tensor([2.0**-1074, 1.5, -LARGEST, 0.0], dtype=torch.float64)
+    power = torch.tensor([2097, -1074, -2097, 5000])
+    expected = torch.tensor([2.0**1023, 2.0**-1073, -(2.0**-1073), 0.0], dtype=torch.float64)
+    assert torch.equal(times_power(tiny, power), expected)
+    assert torch.equal(times_power(tiny, torch.zeros(4, dtype=torch.int32)), tiny)
+    assert times_power(tiny[1], torch.tensor(4999)) == torch.inf
+
+
+def test_rows_beyond_the_room_are_brought_near_one_and_others_left_alone():
+    rows = [[3.0, -ROOM, 1.0], [0.0, ROOM * 2, -LARGEST], [0.0, 0.0, 0.0]]
+    x = torch.tensor(rows, dtype=torch.float64)
+    scaled = Scaled.rows(x)
+    assert scaled.power.flatten().tolist() == [0, 1024, 0]
+    assert torch.equal(scaled.x[[0, 2]], x[[0, 2]])
+    assert scaled.x[1].abs().max() == LARGEST / 2.0**1000 / 2.0**24
+    assert torch.equal(scaled.value(), x)
+    assert Scaled.rows(x[:, :0]).power.tolist() == [[0], [0], [0]]
+
+
+def test_levelled_lines_share_one_power_and_keep_their_numbers():
+    x = torch.tensor([[1.0, 2.0**30], [0.0, 0.75], [0.0, 0.0]], dtype=torch.float64)
+    power = torch.tensor([[900, 10], [3, 600], [0, 700]])
+    level = Scaled(x, power).levelled(-1)
+    assert level.power.tolist() == [[401], [100], [0]]
+    assert torch.equal(level.value(), Scaled(x, power).value())
+    assert level.x.abs().max() < 2.0**501
+    assert Scaled(x[:0], power[:0]).levelled(-1).power.shape == ()
