@@ -101,10 +101,10 @@ class Session:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
-        items = {item.nodeid: item for item in session.items}
+        items = {i.nodeid: i for i in session.items if i.nodeid in self.seconds}
         began = time.monotonic()
         # Whatever fails without a mutant would seem to kill every one.
-        code, failing = self._fork("none", sorted(session.items, key=self._time))
+        code, failing = self._fork("none", sorted(items.values(), key=self._time))
         if code != SURVIVED:
             pytest.exit(f"without a mutant {failing} fails", returncode=1)
         gc.freeze()
