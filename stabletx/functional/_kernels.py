@@ -95,9 +95,14 @@ def _settled(x: Tensor) -> Tensor:
     The bits of a product depend on the alignment of what it reads, and a guard's copy of such a
     view has another.
     """
-    if is_aligned(x) or (x.is_contiguous() and x.data_ptr() % ALIGNMENT == 0):
+    if is_aligned(x) or _is_fresh(x):
         return x
     return x.clone(memory_format=torch.contiguous_format)
+
+
+def _is_fresh(x: Tensor) -> bool:
+    """Tell whether ``x`` lies as memory of its own would."""
+    return x.is_contiguous() and x.data_ptr() % ALIGNMENT == 0
 
 
 def is_aligned(x: Tensor) -> bool:
@@ -137,8 +142,7 @@ def _products(
 
 def _multiply(a: Tensor, b: Tensor, factor: float, target: Tensor) -> None:
     """Write ``factor * a @ b``, of (n h) matrices each, into a target (n, h, ...)."""
-    is_plain = target.is_contiguous() and target.data_ptr() % ALIGNMENT == 0
-    if is_plain and target.dtype == a.dtype:
+    if _is_fresh(target) and target.dtype == a.dtype:
         whole = target.flatten(0, 1)
         torch.baddbmm(whole, a, b, beta=0, alpha=factor, out=whole)
     else:
