@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stabletx.testing._problem import Problem, times_power
+from stabletx.testing._problem import HUGE, Problem, products_of, times_power
 from stabletx.testing._units import LOST, Units
 from stabletx.testing.reference import Rows, sech2
 
@@ -20,8 +20,6 @@ from stabletx.testing.reference import Rows, sech2
 _LARGE = 60.0
 # Elements of the (rows, s, e) block that is looked at in one go.
 _CHUNK = 1 << 21
-# Stands for infinity where infinities would be subtracted from each other.
-HUGE = 1e300
 # Divides in place of a room that is used up; what comes of it is capped.
 _NOTHING = 1e-30
 
@@ -100,14 +98,13 @@ def _score_errors(problem: Problem, rows: Rows, units: Units) -> tuple[Tensor, T
 
     The shift by the maximum cancels; what is left of it is the rounding of the difference.
     """
-    power = problem.powers["q"] + problem.powers["k"]
-    sizes = problem.q.abs() @ problem.k.abs().mT
+    sizes = products_of(problem, problem.q.abs(), problem.k.abs())
     # d products and sums, a rounded scale or its root on both sides, the change to base 2.
     d = problem.q.shape[3]
     per_dot = units.dot(d) + units.steps(7)
-    products = times_power(abs(problem.scale) * per_dot * sizes, power).clamp(max=HUGE)
+    products = (abs(problem.scale) * per_dot * sizes).clamp(max=HUGE)
     products = torch.where(_never_rounded(problem, sizes, units), 0.0, products)
-    x = times_power(rows.products, power).clamp(-HUGE, HUGE)
+    x = rows.products
     eta, score = products, x
     if problem.softcap is not None:
         cap = problem.softcap
@@ -118,7 +115,7 @@ def _score_errors(problem: Problem, rows: Rows, units: Units) -> tuple[Tensor, T
             torch.minimum(eta, 2 * torch.tensor(cap).double()) + (units.exp + units.u) * score.abs()
         )
     eta = eta + units.scores * score.abs()
-    shift = times_power((rows.scores - rows.row_max.unsqueeze(-1)).abs(), rows.power)
+    shift = rows.plain((rows.scores - rows.row_max.unsqueeze(-1)).abs())
     eta = eta + 3 * units.u * torch.where(problem.allowed, shift, 0.0)
     if problem.bias is not None:
         # A bias that is centred by its row's maximum first is rounded once more.
@@ -137,9 +134,14 @@ def _never_rounded(problem: Problem, sizes: Tensor, units: Units) -> Tensor:  # 
     fraction, exponent = math.frexp(problem.scale)
     if fraction != 0.5 or exponent % 2 == 0 or units.profile.base_two:
         return torch.zeros_like(sizes, dtype=torch.bool)
-    grid = _grid(problem.q)[..., :, None] + _grid(problem.k)[..., None, :]
+    eq, ek = problem.powers["q"], problem.powers["k"]
+    grid = (_grid(problem.q) + eq)[..., :, None] + (_grid(problem.k) + ek)[..., None, :]
+    logs = sizes.log2()
+    if logs.isposinf().any():  # past float64's range, where the tamed inputs still tell
+        tame = problem.q.abs() @ problem.k.abs().mT
+        logs = torch.where(logs.isposinf(), tame.log2() + (eq + ek), logs)
     digits = -math.log2(units.u_sum)
-    return sizes.log2() - grid <= math.floor(digits + 0.5)
+    return logs - grid <= math.floor(digits + 0.5)
 
 
 def _grid(x: Tensor) -> Tensor:  # (..., n, w) -> (..., n)
@@ -157,7 +159,7 @@ def _sink_errors(problem: Problem, rows: Rows, units: Units) -> tuple[Tensor, Te
         none = torch.zeros_like(rows.row_max)
         return none, none
     sinks = problem.sinks.clamp(min=-1e300)[None, :, None]
-    shift = sinks - times_power(rows.row_max, rows.power)
+    shift = sinks - rows.plain(rows.row_max)
     eta = 3 * units.u * shift.abs() + (units.scores + units.u) * sinks.abs()
     absent = problem.sinks.isneginf()[None, :, None]
     eta = torch.where(absent, 0.0, eta).clamp(max=_LARGE)
@@ -168,7 +170,7 @@ def _sink_errors(problem: Problem, rows: Rows, units: Units) -> tuple[Tensor, Te
 
 def _flushed(problem: Problem, rows: Rows, eta: Tensor, units: Units) -> Tensor:
     """Bound what is lost where an exponential falls below the normal range and may become 0."""
-    shift = times_power(rows.scores - rows.row_max.unsqueeze(-1), rows.power)
+    shift = rows.plain(rows.scores - rows.row_max.unsqueeze(-1))
     low = problem.allowed & ((shift - eta).exp() < 4 * units.tiny)
     return torch.where(low, rows.weights.clamp(max=4 * units.tiny) + 2 * units.grain, 0.0)
 
@@ -180,7 +182,6 @@ def _spreads(
     b, h, t, s = moved.shape
     spread = torch.empty_like(exact)
     hull = torch.zeros_like(exact) if hulls else None
-    blocked = 0.0 if problem.sinks is not None else torch.nan
     n_rows = max(1, _CHUNK // max(1, s * exact.shape[3]))
     n_heads = max(1, n_rows // max(1, t))
     for i in range(b):
@@ -192,12 +193,18 @@ def _spreads(
                 spread[at] = (moved[at].unsqueeze(2) @ far).squeeze(2)
                 if hull is not None and s:
                     seen = problem.allowed[at].unsqueeze(-1)
-                    hull[at] = _width(torch.where(seen, values, blocked))
+                    seen_values = torch.where(seen, values, torch.nan)
+                    hull[at] = _width(seen_values, with_zero=problem.sinks is not None)
     return spread, hull
 
 
-def _width(values: Tensor) -> Tensor:  # (h, t, s, e) -> (h, t, e)
-    """Return the distance between the largest and the smallest value, NaN left out."""
+def _width(values: Tensor, *, with_zero: bool) -> Tensor:  # (h, t, s, e) -> (h, t, e)
+    """Return the distance between the largest and the smallest value, NaN left out.
+
+    A sink is a key whose value is 0.
+    """
     high = torch.where(values.isnan(), -torch.inf, values).amax(2)
     low = torch.where(values.isnan(), torch.inf, values).amin(2)
+    if with_zero:
+        high, low = high.clamp(min=0.0), low.clamp(max=0.0)
     return torch.where(high < low, 0.0, high - low)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 # Above this power of two a tensor is scaled down, so that products of four stay inside float64.
 _TAME = 240
+# Stands for infinity where infinities would be subtracted from each other.
+HUGE = 1e300
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,19 @@ def times_power(x: Tensor, power: int) -> Tensor:
         step = max(-1000, min(1000, power))
         x, power = x * 2.0**step, power - step
     return x
+
+
+def products_of(problem: Problem, q: Tensor, k: Tensor) -> Tensor:  # (b, h, t, s)
+    """Multiply out queries and keys of the problem; inf past float64's range.
+
+    A huge query elsewhere must not push the products of ordinary ones below float64's range, so
+    each is taken from the inputs as they were given where these allow it.
+    """
+    eq, ek = problem.powers["q"], problem.powers["k"]
+    if not eq + ek:
+        return q @ k.mT
+    plain = times_power(q, eq) @ times_power(k, ek).mT
+    return torch.where(plain.isfinite(), plain, times_power(q @ k.mT, eq + ek))
 
 
 def repeat_heads(x: Tensor, n_heads: int) -> Tensor:

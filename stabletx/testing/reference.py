@@ -11,7 +11,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stabletx.testing._problem import Problem, prepare, sum_over_groups, times_power
+from stabletx.testing._problem import (
+    HUGE,
+    Problem,
+    prepare,
+    products_of,
+    sum_over_groups,
+    times_power,
+)
+
+# A row whose largest score lies above this is computed with a power of two taken out.
+_HIGH = 2.0**900
 
 
 class Reference(NamedTuple):
@@ -45,45 +55,69 @@ class Gradients(NamedTuple):
 class Rows(NamedTuple):
     """The softmax of a problem, before anything non-finite is put back."""
 
-    scores: Tensor  # (b, h, t, s), times 2 ** -power; -inf where blocked
-    power: int  # exponent taken out of the scores, 0 for ordinary magnitudes
-    products: Tensor  # (b, h, t, s), scale * q k^T before softcap and bias
+    scores: Tensor  # (b, h, t, s), -inf where blocked; times 2 ** -power in high rows
+    power: int  # exponent taken out of the scores of high rows, 0 for ordinary magnitudes
+    high: Tensor  # (b, h, t), rows whose largest score nears the end of float64's range
+    products: Tensor  # (b, h, t, s), scale * q k^T before softcap and bias, at most HUGE
     weights: Tensor  # (b, h, t, s)
     sink_weight: Tensor  # (b, h, t), 0 without a sink
-    row_max: Tensor  # (b, h, t), the sink included, 0 for an empty row, times 2 ** -power
+    row_max: Tensor  # (b, h, t), the sink included, 0 for an empty row; as the scores
     log_sum: Tensor  # (b, h, t), log of the sum of exp(score - row_max)
+
+    def plain(self, x: Tensor) -> Tensor:  # (b, h, t) or (b, h, t, s)
+        """Put the power back into what has the units of the scores."""
+        if not self.power:
+            return x
+        high = self.high if x.ndim == 3 else self.high.unsqueeze(-1)
+        return torch.where(high, times_power(x, self.power), x)
 
 
 def softmax_rows(problem: Problem) -> Rows:
     """Compute scores and weights of every row."""
     power = problem.powers["q"] + problem.powers["k"]
-    products = problem.scale * (problem.q @ problem.k.mT)
+    products = (problem.scale * products_of(problem, problem.q, problem.k)).clamp(-HUGE, HUGE)
     scores = products
     if problem.softcap is not None:
-        scores = problem.softcap * torch.tanh(times_power(products, power) / problem.softcap)
+        scores = problem.softcap * torch.tanh(products / problem.softcap)
         power = 0
+    high = _high_rows(problem, scores) if power else torch.zeros_like(problem.has_key)
+    if high.any():
+        tame = problem.scale * (problem.q @ problem.k.mT)
+        scores = torch.where(high.unsqueeze(-1), tame, scores)
     if problem.bias is not None:
-        scores = scores + times_power(problem.bias, -power)
+        bias = torch.where(high.unsqueeze(-1), times_power(problem.bias, -power), problem.bias)
+        scores = scores + bias
     scores = scores.masked_fill(~problem.allowed, -torch.inf)
-    empty = torch.full((*scores.shape[:-1], 1), -torch.inf, dtype=torch.float64)
-    sink = empty
+    sink = torch.full_like(problem.has_key, -torch.inf, dtype=torch.float64)
     if problem.sinks is not None:
-        sink = times_power(problem.sinks, -power)[None, :, None, None].expand_as(empty)
-    row_max = torch.cat([scores, sink], dim=-1).amax(-1)
+        sink = problem.sinks[None, :, None].expand_as(sink)
+        sink = torch.where(high, times_power(sink, -power), sink)
+    row_max = torch.cat([scores, sink.unsqueeze(-1)], dim=-1).amax(-1)
     row_max = torch.where(row_max.isneginf(), 0.0, row_max)
-    exps = times_power(scores - row_max.unsqueeze(-1), power).exp()
-    sink_exp = times_power(sink.squeeze(-1) - row_max, power).exp()
+    shifts, sink_shift = scores - row_max.unsqueeze(-1), sink - row_max
+    if power:
+        shifts = torch.where(high.unsqueeze(-1), times_power(shifts, power), shifts)
+        sink_shift = torch.where(high, times_power(sink_shift, power), sink_shift)
+    exps, sink_exp = shifts.exp(), sink_shift.exp()
     total = exps.sum(-1) + sink_exp
     divisor = torch.where(total == 0, 1.0, total)
     return Rows(
         scores=scores,
         power=power,
+        high=high,
         products=products,
         weights=exps / divisor.unsqueeze(-1),
         sink_weight=sink_exp / divisor,
         row_max=row_max,
         log_sum=total.log(),
     )
+
+
+def _high_rows(problem: Problem, scores: Tensor) -> Tensor:  # (b, h, t)
+    """Tell which rows have a largest score that needs a power of two taken out."""
+    if not scores.shape[-1]:
+        return torch.zeros_like(problem.has_key)
+    return scores.masked_fill(~problem.allowed, -torch.inf).amax(-1) > _HIGH
 
 
 def reference_attention(
@@ -132,14 +166,14 @@ def reference_attention(
     max_score = torch.full_like(rows.row_max, -torch.inf)
     if rows.scores.shape[-1]:
         max_score = rows.scores.amax(-1)
-    log_weights = times_power(rows.scores - rows.row_max.unsqueeze(-1), rows.power)
+    log_weights = rows.plain(rows.scores - rows.row_max.unsqueeze(-1))
     log_weights = log_weights - rows.log_sum.unsqueeze(-1)
     surprise = torch.where(rows.weights > 0, -rows.weights * log_weights, 0.0)
     return Reference(
         out=exact_output(problem, rows),
         weights=rows.weights.masked_fill(nan.unsqueeze(-1) & problem.allowed, torch.nan),
-        lse=(times_power(rows.row_max, rows.power) + rows.log_sum).masked_fill(nan, torch.nan),
-        max_score=times_power(max_score, rows.power).masked_fill(nan, torch.nan),
+        lse=(rows.plain(rows.row_max) + rows.log_sum).masked_fill(nan, torch.nan),
+        max_score=rows.plain(max_score).masked_fill(nan, torch.nan),
         entropy=surprise.sum(-1).masked_fill(nan, torch.nan),
     )
 
@@ -254,8 +288,7 @@ def score_gradients(problem: Problem, rows: Rows) -> ScoreGradients:
     scores = rows.weights * (pulls - mean.unsqueeze(-1))
     products = scores
     if problem.softcap is not None:
-        power = problem.powers["q"] + problem.powers["k"]
-        products = scores * sech2(times_power(rows.products, power) / problem.softcap)
+        products = scores * sech2(rows.products / problem.softcap)
     dq, dk = problem.scale * (products @ problem.k), problem.scale * (products.mT @ problem.q)
     dv = rows.weights.mT @ problem.grad_out
     return ScoreGradients(pulls, mean, scores, products, (dq, dk, dv))

@@ -1,5 +1,6 @@
 """The float64 reference, held to 50 digits, to autograd, and to its contract."""
 
+import dataclasses
 import math
 
 import mpmath
@@ -108,6 +109,27 @@ def test_reference_agrees_with_fifty_digits(family, dtype):
 def test_reference_agrees_with_fifty_digits_with_every_option(options):
     with mpmath.workdps(50):
         case = AttentionCase.build(seed=4, shape=(1, 2, 1, 3, 4, 3, 2), mask="causal", **options)
+        exact = fifty_digits(case)
+    actual = (case.reference().out, *case.gradients()[:3], None, None)
+    assert_within(bounded(case), actual, (*exact, None, None))
+
+
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("keys", [slice(0, 4), slice(1, 4), slice(0, 1)])
+def test_reference_tells_ordinary_scores_beside_the_largest_floats(keys, with_bias, with_sinks):
+    """Products of the largest floats cancel to nothing, and what is added to them counts."""
+    largest = torch.finfo(torch.float64).max
+    q = [[largest, largest], [1.0, 0.5], [largest, 1.0], [0.0, 1.0], [-largest, 0.25]]
+    k = [[largest, -largest], [0.5, 0.25], [-largest, 0.75], [0.125, -0.25]][keys]
+    gaussian = AttentionCase.build(
+        seed=5, shape=(1, 1, 1, 5, len(k), 2, 3), dtype=torch.float64,
+        bias="gaussian" if with_bias else "none", sinks=with_sinks,
+    )  # fmt: skip
+    case = dataclasses.replace(
+        gaussian, q=gaussian.q.new_tensor([[q]]), k=gaussian.k.new_tensor([[k]]), scale=0.5
+    )
+    with mpmath.workdps(50):
         exact = fifty_digits(case)
     actual = (case.reference().out, *case.gradients()[:3], None, None)
     assert_within(bounded(case), actual, (*exact, None, None))

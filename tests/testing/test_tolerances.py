@@ -22,6 +22,7 @@ from stabletx.testing import (
     condition_ulps,
     is_vacuous,
     occupancies,
+    reference_attention,
 )
 from stabletx.testing import tolerances as bounds
 from stabletx.testing._masks import MASKS
@@ -125,6 +126,17 @@ def test_bound_lets_a_sink_be_lost_only_below_the_normal_range(sink, lost):
     case = replace(AttentionCase.build(), q=x, k=x, v=one, grad_out=one, sinks=torch.tensor([sink]))
     judged = case.judged()
     assert bool(judged.gradients.dsinks.abs() <= judged.bound.dsinks) == lost
+
+
+def test_bound_counts_the_sink_among_the_values_where_scores_say_nothing():
+    """Rounding decides whether a sink near such scores takes all of a row or nothing."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (3e4 * (1 + torch.rand(1, 1, n, 64, generator=generator)) for n in (1, 3))
+    v = torch.ones(1, 1, 3, 2)
+    sinks = (q @ k.mT).amax().reshape(1) / 8
+    exact = reference_attention(q, k, v, sinks=sinks).out
+    bound = attention_error_bound(q, k, v, sinks=sinks).out
+    assert ((exact - bound <= 0.0) & (exact + bound >= 1.0)).all()
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
