@@ -21,6 +21,7 @@ from stabletx.functional._problem import Problem
 
 ROOM = 2.0**250  # products of four such numbers stay finite in float64
 _SAFE = 500  # exponents up to here leave room for one more product
+_ORDINARY = 2.0**900  # scores up to here lie well inside float64's range
 _NOTHING = -(10**6)  # the exponent of zero
 
 
@@ -99,13 +100,9 @@ def _softmax(
         inner = Scaled(product.x * (problem.scale / problem.softcap), product.power).value()
         slope = 1 - torch.tanh(inner) ** 2
         scores = Scaled(problem.softcap * torch.tanh(inner), torch.zeros_like(q.power))
-    x, power = scores
-    if bias is not None:
-        x = x + times_power(bias, -power)
-    if allowed is not None:
-        x = torch.where(allowed, x, -torch.inf)
-    top = x.amax(-1, keepdim=True) if x.shape[-1] else x.new_full((*x.shape[:-1], 1), -torch.inf)
-    keys_top, sink = top, None
+    x, power = _plain_where_ordinary(scores, bias, sinks, allowed)
+    x, keys_top = _joined(x, power, bias, allowed)
+    top, sink = keys_top, None
     if sinks is not None:
         sink = times_power(sinks[None, :, None, None].expand(top.shape), -power)
         top = torch.maximum(top, sink)
@@ -128,6 +125,35 @@ def _softmax(
         (weights * surprise).sum(-1),
         None if sink is None else sink / divisor,
     )
+
+
+def _joined(
+    x: Tensor, power: Tensor, bias: Tensor | None, allowed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Add the bias to scores times ``2**-power`` and block pairs; give each row's largest too."""
+    if bias is not None:
+        x = x + times_power(bias, -power)
+    if allowed is not None:
+        x = torch.where(allowed, x, -torch.inf)
+    if x.shape[-1]:
+        return x, x.amax(-1, keepdim=True)
+    return x, x.new_full((*x.shape[:-1], 1), -torch.inf)
+
+
+def _plain_where_ordinary(
+    scores: Scaled, bias: Tensor | None, sinks: Tensor | None, allowed: Tensor | None
+) -> Scaled:
+    """Put the power back in rows whose largest score is an ordinary number.
+
+    There a bias or a sink counts, and would be lost beside a power; a huge negative score may
+    become -inf, for its weight is 0.
+    """
+    plain = scores.value()
+    _, top = _joined(plain, torch.zeros_like(scores.power), bias, allowed)
+    if sinks is not None:
+        top = torch.maximum(top, sinks[None, :, None, None])
+    ordinary = top.abs() <= _ORDINARY
+    return Scaled(torch.where(ordinary, plain, scores.x), torch.where(ordinary, 0, scores.power))
 
 
 class _Extended(torch.autograd.Function):

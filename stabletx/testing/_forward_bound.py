@@ -98,7 +98,7 @@ def _score_errors(problem: Problem, rows: Rows, units: Units) -> tuple[Tensor, T
 
     The shift by the maximum cancels; what is left of it is the rounding of the difference.
     """
-    sizes = products_of(problem, problem.q.abs(), problem.k.abs())
+    sizes = products_of(problem, problem.q.abs(), problem.k.abs(), 1.0)
     # d products and sums, a rounded scale or its root on both sides, the change to base 2.
     d = problem.q.shape[3]
     per_dot = units.dot(d) + units.steps(7)

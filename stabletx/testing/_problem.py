@@ -65,17 +65,17 @@ def times_power(x: Tensor, power: int) -> Tensor:
     return x
 
 
-def products_of(problem: Problem, q: Tensor, k: Tensor) -> Tensor:  # (b, h, t, s)
-    """Multiply out queries and keys of the problem; inf past float64's range.
+def products_of(problem: Problem, q: Tensor, k: Tensor, factor: float) -> Tensor:
+    """Compute ``factor * q k^T``, (b, h, t, s), of the problem's size; inf past float64's range.
 
     A huge query elsewhere must not push the products of ordinary ones below float64's range, so
     each is taken from the inputs as they were given where these allow it.
     """
     eq, ek = problem.powers["q"], problem.powers["k"]
     if not eq + ek:
-        return q @ k.mT
-    plain = times_power(q, eq) @ times_power(k, ek).mT
-    return torch.where(plain.isfinite(), plain, times_power(q @ k.mT, eq + ek))
+        return factor * (q @ k.mT)
+    plain = factor * (times_power(q, eq) @ times_power(k, ek).mT)
+    return torch.where(plain.isfinite(), plain, times_power(factor * (q @ k.mT), eq + ek))
 
 
 def repeat_heads(x: Tensor, n_heads: int) -> Tensor:

@@ -20,7 +20,7 @@ from stabletx.testing._problem import (
     times_power,
 )
 
-# A row whose largest score lies above this is computed with a power of two taken out.
+# A row whose largest score is larger, of either sign, is computed with a power of two taken out.
 _HIGH = 2.0**900
 
 
@@ -75,23 +75,22 @@ class Rows(NamedTuple):
 def softmax_rows(problem: Problem) -> Rows:
     """Compute scores and weights of every row."""
     power = problem.powers["q"] + problem.powers["k"]
-    products = (problem.scale * products_of(problem, problem.q, problem.k)).clamp(-HUGE, HUGE)
+    products = products_of(problem, problem.q, problem.k, problem.scale)
     scores = products
     if problem.softcap is not None:
         scores = problem.softcap * torch.tanh(products / problem.softcap)
         power = 0
-    high = _high_rows(problem, scores) if power else torch.zeros_like(problem.has_key)
-    if high.any():
-        tame = problem.scale * (problem.q @ problem.k.mT)
-        scores = torch.where(high.unsqueeze(-1), tame, scores)
     if problem.bias is not None:
-        bias = torch.where(high.unsqueeze(-1), times_power(problem.bias, -power), problem.bias)
-        scores = scores + bias
+        scores = scores + problem.bias
     scores = scores.masked_fill(~problem.allowed, -torch.inf)
     sink = torch.full_like(problem.has_key, -torch.inf, dtype=torch.float64)
     if problem.sinks is not None:
         sink = problem.sinks[None, :, None].expand_as(sink)
+    high = torch.zeros_like(problem.has_key)
+    if power and scores.shape[-1]:
+        high = torch.maximum(scores.amax(-1), sink).abs() > _HIGH
         sink = torch.where(high, times_power(sink, -power), sink)
+        scores = torch.where(high.unsqueeze(-1), _tame_scores(problem, power), scores)
     row_max = torch.cat([scores, sink.unsqueeze(-1)], dim=-1).amax(-1)
     row_max = torch.where(row_max.isneginf(), 0.0, row_max)
     shifts, sink_shift = scores - row_max.unsqueeze(-1), sink - row_max
@@ -105,7 +104,7 @@ def softmax_rows(problem: Problem) -> Rows:
         scores=scores,
         power=power,
         high=high,
-        products=products,
+        products=products.clamp(-HUGE, HUGE),
         weights=exps / divisor.unsqueeze(-1),
         sink_weight=sink_exp / divisor,
         row_max=row_max,
@@ -113,11 +112,12 @@ def softmax_rows(problem: Problem) -> Rows:
     )
 
 
-def _high_rows(problem: Problem, scores: Tensor) -> Tensor:  # (b, h, t)
-    """Tell which rows have a largest score that needs a power of two taken out."""
-    if not scores.shape[-1]:
-        return torch.zeros_like(problem.has_key)
-    return scores.masked_fill(~problem.allowed, -torch.inf).amax(-1) > _HIGH
+def _tame_scores(problem: Problem, power: int) -> Tensor:  # (b, h, t, s)
+    """Compute the scores times ``2 ** -power``, -inf where blocked."""
+    scores = problem.scale * (problem.q @ problem.k.mT)
+    if problem.bias is not None:
+        scores = scores + times_power(problem.bias, -power)
+    return scores.masked_fill(~problem.allowed, -torch.inf)
 
 
 def reference_attention(
