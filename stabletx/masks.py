@@ -275,9 +275,13 @@ class Mask:
         """Give the mask's own batch size and heads; None or 1 where it serves any."""
         return self._rule.sizes()
 
+    def tensors(self) -> list[Tensor]:
+        """List the tensors that the mask holds."""
+        return self._rule.tensors()
+
     def devices(self) -> set[torch.device]:
         """Give the devices of the tensors that the mask holds."""
-        return {x.device for x in self._rule.tensors()}
+        return {x.device for x in self.tensors()}
 
     def band(self, n_queries: int, n_keys: int) -> Band | None:
         """Say the mask as one diagonal band and one set of keys, or None where it is not one."""

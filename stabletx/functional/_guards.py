@@ -153,13 +153,13 @@ class _Poisoned(torch.autograd.Function):
         ctx: Any, out: Tensor, q: Tensor, k: Tensor, v: Tensor,
         spoilt: Tensor, rows: Tensor, sight: Sight,
     ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(q, k, v, spoilt, rows)
+        ctx.save_for_backward(q, k, v, spoilt, rows, *sight.tensors)
         ctx.sight = sight
         return torch.where(spoilt, torch.nan, out)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, spoilt, rows = ctx.saved_tensors
+        q, k, v, spoilt, rows, *_ = ctx.saved_tensors
         lost = spoilt.any(-1)
         # What comes back through a lost row goes to what it attends to, and to nothing else.
         unsound = lost & ~grad_out.isfinite().all(-1)

@@ -52,6 +52,15 @@ class Sight:
         return Sight(mask, blocking, None if blocking is not None else band, t, s, device)
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """List what a backward pass that writes out pairs again saves, and does not read.
+
+        Autograd then refuses a mask that was written to since the forward pass.
+        """
+        held = [] if self.mask is None else self.mask.tensors()
+        return [x for x in held if not x.is_inference()]
+
+    @property
     def is_everything(self) -> bool:
         """Tell whether every query sees every key."""
         return self.band == Band(None, None, None)

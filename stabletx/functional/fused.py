@@ -234,7 +234,8 @@ class _Fused(torch.autograd.Function):
     ) -> Tensor:
         out, kept = _attended(problem, sight, pieces, keep=True)
         # The bias is saved so that autograd refuses one that was written to in between.
-        ctx.save_for_backward(q, k, v, problem.bias, *(x for own in kept for x in own))
+        needed = (x for own in kept for x in own)
+        ctx.save_for_backward(q, k, v, problem.bias, *needed, *sight.tensors)
         ctx.rest = (problem, sight, pieces, [len(own) for own in kept], exact)
         return out
 

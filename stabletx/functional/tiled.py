@@ -217,14 +217,15 @@ class _Tiled(torch.autograd.Function):
                     whole[:, :, block] = part
         lse = rows.top + rows.total.log()
         lse = torch.where(rows.top == -torch.inf, -torch.inf, lse)
-        ctx.save_for_backward(q, k, v, bias, sinks, rows.out, rows.top, rows.total)
+        watched = plan.sight.tensors
+        ctx.save_for_backward(q, k, v, bias, sinks, rows.out, rows.top, rows.total, *watched)
         ctx.rest = (plan, exact)
         ctx.mark_non_differentiable(*rows[1:])
         return rows.out, lse, *rows[1:]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, bias, sinks, out, top, total = ctx.saved_tensors
+        q, k, v, bias, sinks, out, top, total, *_ = ctx.saved_tensors
         plan, exact = ctx.rest
         inputs = (q, k, v, bias, sinks)
         if torch.is_grad_enabled():

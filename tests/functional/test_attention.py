@@ -145,6 +145,32 @@ def test_a_bias_written_to_before_the_backward_pass_is_refused():
         out.sum().backward()
 
 
+@pytest.mark.parametrize("method", ["auto", "tiled"])
+@pytest.mark.parametrize("n", [20, 300])
+@pytest.mark.parametrize("poisoned", [False, True])
+def test_a_mask_written_to_before_the_backward_pass_is_refused(method, n, poisoned):
+    q = torch.randn(1, 1, n, 8)
+    q[0, 0, 1] = torch.nan if poisoned else 1.0
+    q.requires_grad_()
+    allowed = torch.rand(1, 1, n, n) > 0.5
+    out = attention(q, q, q, mask=Mask.dense(allowed), method=method)
+    allowed.logical_not_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@every_method
+def test_a_mask_made_under_inference_mode_serves_in_training(method):
+    q = torch.randn(1, 2, 20, 8, requires_grad=True)
+    with torch.inference_mode():
+        allowed = torch.ones(20, 20).tril()[None, None] > 0
+    grads = [
+        torch.autograd.grad(attention(q, q, q, mask=mask, method=method).sum(), q)[0]
+        for mask in (Mask.dense(allowed), Mask.dense(torch.ones(20, 20).tril()[None, None] > 0))
+    ]
+    assert torch.equal(*grads)
+
+
 def test_lengths_may_vary_without_a_graph_break():
     torch._dynamo.reset()
     compiled = torch.compile(
