@@ -34,7 +34,7 @@ def attend_one_query(
     if q.device.type != "cpu" or not values_may_be_read(q) or 0 in q.shape:
         return None
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    if not is_safe(longest_rows(q[None])[0], longest_key, longest_value, scale, q.dtype):
+    if not is_safe(longest_rows(q[None])[0], longest_key, longest_value, scale):
         return None
     added = None
     work = compute_dtype(q.dtype)
@@ -71,11 +71,9 @@ def attend_unguarded(
     return out
 
 
-def is_safe(
-    longest_query: float, longest_key: float, longest_value: float, scale: float, dtype: torch.dtype
-) -> bool:
+def is_safe(longest_query: float, longest_key: float, longest_value: float, scale: float) -> bool:
     """Tell from the largest norms, inf where one is not finite, whether the kernel is right."""
-    if not longest_query * longest_key * abs(scale) <= LARGEST_SCORE[dtype]:
+    if not longest_query * longest_key * abs(scale) <= LARGEST_SCORE:
         return False
     return max(longest_query, longest_key, longest_value) <= LARGEST_ENTRY
 

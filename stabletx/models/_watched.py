@@ -96,4 +96,4 @@ def _is_safe(read: tuple[KeyValueCache, float], lengths: list[float]) -> bool:
         for part in (lengths[: -2 * g], lengths[-2 * g : -g], lengths[-g:])
     )
     kept.measured(key, value)
-    return is_safe(query, *kept.longest(), scale, kept.dtype)
+    return is_safe(query, *kept.longest(), scale)

@@ -62,6 +62,16 @@ def test_sums_over_rows_may_pass_the_largest_value_on_their_way(method):
     assert (found["dsinks"] - exact.dsinks).abs().le(case.bound().dsinks).all()
 
 
+@pytest.mark.parametrize("shape", [(3, 1, 1, 4, 4, 1, 1), (1, 2, 1, 6, 4, 1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_what_cancels_exactly_cancels_in_the_kernel_too(shape, dtype):
+    # Scores of 1024 and 0: a float32 logsumexp is off by up to 6e-5 there.
+    case = AttentionCase.build(family="exact", shape=shape, dtype=dtype, mask="causal")
+    exact, _ = answers(case)
+    for name, actual in run(case, "kernel").items():
+        assert torch.equal(actual.double(), exact[name]), name
+
+
 @every_method
 def test_sinks_whose_weight_is_below_the_normal_range_stay_inside_the_bound(method):
     # The scores lie near 100: a sink weighs about e**-100, which float32 rounds to few digits.

@@ -229,7 +229,7 @@ def test_a_wild_key_in_the_cache_reaches_only_those_who_see_it(fast_ways):
 
 @torch.no_grad()
 def test_scores_too_large_for_the_kernel_are_those_of_attention(fast_ways):
-    q, (k, v) = entries(1, g=4)[0] * _guards.LARGEST_SCORE[torch.float32], entries(6)
+    q, (k, v) = entries(1, g=4)[0] * _guards.LARGEST_SCORE, entries(6)
     assert one_query(q, k, v, None) is None
     exact = reference_attention(q, k, v)
     assert_within(attention_error_bound(q, k, v), attention(q, k, v), exact)
