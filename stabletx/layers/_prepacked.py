@@ -169,12 +169,34 @@ def can_prepack(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and weight.device.type == "cpu"
         and (weight.dtype == torch.float32 or weight.dtype == torch.bfloat16)
         and x.dtype == weight.dtype
-        and (bias is None or bias.dtype == weight.dtype)
+        and weight.layout == torch.strided
+        # Of a bias oneDNN reads as many neighbours as there are outputs, whatever lies there.
+        and (bias is None or _is_vector_of(bias, weight))
         and x.numel() > 0
         and weight.numel() > 0
         and x.shape[-1] == weight.shape[1]
+        and not _is_followed()
         and not torch.is_autocast_enabled("cpu")
         and _has_onednn(weight.dtype)
+    )
+
+
+def _is_vector_of(bias: Tensor, weight: Tensor) -> bool:
+    return (
+        type(bias) is nn.Parameter
+        and bias.shape == weight.shape[:1]
+        and bias.is_contiguous()
+        and bias.dtype == weight.dtype
+        and bias.device == weight.device
+    )
+
+
+def _is_followed() -> bool:
+    """Tell whether tangents, a tracer or a mode such as a count of operations follow the data."""
+    return (
+        torch.autograd.forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
     )
 
 

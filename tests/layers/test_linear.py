@@ -2,10 +2,13 @@
 
 import copy
 import io
+import re
 
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
 
 from stabletx.functional import gelu
 from stabletx.layers import FeedForward, _prepacked
@@ -253,6 +256,74 @@ def test_only_inference_is_prepacked(packings):
         assert torch.func.vmap(made)(x).shape == (7, 80)
         assert made(x[:0]).shape == (0, 80)
     assert not packings
+
+
+@has_onednn
+@pytest.mark.parametrize(
+    "bias",
+    [
+        torch.ones(1).expand(80),
+        torch.arange(160.0)[::2],
+        torch.ones(1),
+        torch.ones(7, 80),
+        torch.ones(80).to_sparse(),
+    ],
+    ids=["expanded", "strided", "one", "of each row", "sparse"],
+)
+@torch.no_grad()
+def test_a_bias_that_is_no_vector_is_left_to_torch(packings, bias):
+    made, x = linear(), rows(7, 48)
+    made.bias = nn.Parameter(bias)
+    try:
+        plain = nn.functional.linear(x, made.weight, made.bias)
+    except RuntimeError as refused:
+        with pytest.raises(RuntimeError, match=re.escape(str(refused)[:60])):
+            made(x)
+    else:
+        assert torch.equal(made(x), plain)
+    assert not packings
+
+
+@has_onednn
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@torch.no_grad()
+def test_a_weight_in_another_layout_is_left_to_torch(packings):
+    made, x = linear(), rows(7, 48)
+    limit, exact = bound(made, x), expected(made, x)
+    made.weight = nn.Parameter(made.weight.detach().to_sparse_csr(), requires_grad=False)
+    assert_within(limit, made(x), exact)
+    assert not packings
+
+
+@has_onednn
+@torch.no_grad()
+def test_a_tangent_passes_through_without_autograd(packings):
+    made, x, tangent = linear(), rows(7, 48), rows(7, 48).flip(0)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, tangent)
+        found = forward_ad.unpack_dual(made(dual)).tangent
+        assert torch.equal(found, nn.functional.linear(tangent, made.weight))
+        bent = forward_ad.unpack_dual(made.forward_gelu(dual)).tangent
+        expected = forward_ad.unpack_dual(gelu(nn.functional.linear(dual, *made.parameters())))
+        assert torch.equal(bent, expected.tangent)
+        other = {"bias": forward_ad.make_dual(made.bias, made.bias.flip(0))}
+        moved = forward_ad.unpack_dual(torch.func.functional_call(made, other, (x,))).tangent
+        assert torch.equal(moved, made.bias.flip(0).expand(7, -1))
+    assert not packings
+
+
+@has_onednn
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_what_is_traced_or_counted_is_torchs_own_product(packings):
+    made, x = linear(), rows(7, 48)
+    traced = torch.jit.trace(made, x, check_trace=False)
+    with FlopCounterMode(display=False) as counted:
+        made(x)
+    assert counted.get_total_flops() == 2 * 7 * 48 * 80
+    assert not packings
+    made.weight.mul_(2)
+    assert_within(bound(made, x), traced(x), expected(made, x))
 
 
 @has_onednn
