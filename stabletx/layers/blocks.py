@@ -11,11 +11,19 @@ from torch import Tensor, nn
 from stabletx import _checks
 from stabletx.functional.attention import Method
 from stabletx.layers import _layer_checks
+from stabletx.layers._as_made import is_as_made
 from stabletx.layers._from_torch import fill, read_block
 from stabletx.layers.attention import MultiHeadAttention, Rotation
 from stabletx.layers.cache import KeyValueCache
 from stabletx.layers.feed_forward import Activation, FeedForward
-from stabletx.layers.normalization import NormKind, NormSettings, make_norm
+from stabletx.layers.linear import Linear
+from stabletx.layers.normalization import (
+    LayerNorm,
+    NormKind,
+    NormSettings,
+    RMSNorm,
+    make_norm,
+)
 from stabletx.masks import Mask
 from stabletx.packing import Plan
 
@@ -52,16 +60,35 @@ class Shortcut(nn.Module):
         self.norm_branch = make_norm(norm, d_model) if norm_position == "peri" else None
         self.norm_out = make_norm(norm, d_model) if norm_position == "post" else None
 
-    def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
-        """Add what the branch makes of ``x`` to ``x``."""
+    def forward(
+        self,
+        x: Tensor,
+        branch: Callable[[Tensor], Tensor],
+        *,
+        ends_with: MultiHeadAttention | FeedForward | None = None,
+    ) -> Tensor:
+        """Add what the branch makes of ``x`` to ``x``; some layers it ends with save memory."""
         out = branch(x if self.norm_in is None else self.norm_in(x))
         if self.norm_branch is not None:
             out = self.norm_branch(out)
         if self.dropout_p > 0 and self.training:
             out = nn.functional.dropout(out, self.dropout_p)
-        # The branch's output is ours alone: without a gradient the sum needs no new memory.
-        out = x + out if torch.is_grad_enabled() or out.dtype != x.dtype else out.add_(x)
+        out = out.add_(x) if self._may_write(x, out, ends_with) else x + out
         return out if self.norm_out is None else self.norm_out(out)
+
+    def _may_write(
+        self, x: Tensor, out: Tensor, ends_with: MultiHeadAttention | FeedForward | None
+    ) -> bool:
+        """Tell whether the branch's output is ours alone: then the sum needs no new memory."""
+        if torch.is_grad_enabled() or out.dtype != x.dtype or ends_with is None:
+            return False
+        if torch.compiler.is_compiling():  # which plans memory itself
+            return False
+        if self.norm_branch is not None:
+            return is_as_made(self.norm_branch, LayerNorm, RMSNorm)
+        return is_as_made(ends_with, MultiHeadAttention, FeedForward) and is_as_made(
+            ends_with.out, Linear
+        )
 
 
 @final
@@ -150,9 +177,12 @@ class EncoderBlock(nn.Module):
     ) -> Tensor:
         """Transform ``x``; the arguments are those of :meth:`MultiHeadAttention.forward`."""
         x = self.attention_shortcut(
-            x, lambda y: self.attention(y, mask=mask, bias=bias, rotation=rotation, plan=plan)
+            x,
+            lambda y: self.attention(y, mask=mask, bias=bias, rotation=rotation, plan=plan),
+            ends_with=self.attention,
         )
-        out: Tensor = self.feed_forward_shortcut(x, self.feed_forward)
+        last = self.feed_forward
+        out: Tensor = self.feed_forward_shortcut(x, last, ends_with=last)
         return out
 
 
@@ -249,12 +279,15 @@ class DecoderBlock(nn.Module):
             lambda y: self.attention(
                 y, mask=mask, bias=bias, rotation=rotation, cache=cache, plan=plan
             ),
+            ends_with=self.attention,
         )
         if self.cross_attention is not None and self.cross_attention_shortcut is not None:
             attend = self.cross_attention
             x = self.cross_attention_shortcut(
                 x,
                 lambda y: attend(y, context=context, mask=context_mask, cache=context_cache),
+                ends_with=attend,
             )
-        out: Tensor = self.feed_forward_shortcut(x, self.feed_forward)
+        last = self.feed_forward
+        out: Tensor = self.feed_forward_shortcut(x, last, ends_with=last)
         return out

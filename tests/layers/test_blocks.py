@@ -153,6 +153,40 @@ def test_decoder_block_sees_its_context_alone_where_it_has_one():
         DecoderBlock(16, 4)(x, context=context)
 
 
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize(
+    "place",
+    ["attention", "attention.out", "feed_forward", "feed_forward.out"],
+)
+def test_what_a_hook_saw_is_not_written_to(position, place):
+    torch.manual_seed(0)
+    block, seen = EncoderBlock(16, 4, norm_position=position).eval(), []
+    names = [place]
+    if position == "peri":
+        names.append(f"{place.partition('.')[0]}_shortcut.norm_branch")
+    for name in names:
+        block.get_submodule(name).register_forward_hook(lambda *call: seen.append(call[-1]))
+    block(tokens(2, 5, 16))
+    with torch.no_grad():
+        block(tokens(2, 5, 16))
+    for as_trained, as_used in zip(seen[: len(names)], seen[len(names) :], strict=True):
+        assert torch.equal(as_trained, as_used)
+
+
+@pytest.mark.parametrize("part", ["attention", "feed_forward"])
+@torch.no_grad()
+def test_a_branch_that_gives_its_input_back_leaves_it_as_it_was(part):
+    block, x = EncoderBlock(16, 4, norm_position="post").eval(), tokens(2, 5, 16)
+    block.get_submodule(part).forward = lambda x, **_: x
+    entered = []
+    block.get_submodule(part).register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+    block(x)
+    assert torch.equal(x, tokens(2, 5, 16))
+    del block.get_submodule(part).forward
+    block.get_submodule(f"{part}_shortcut")(x, lambda y: y)
+    assert torch.equal(x, tokens(2, 5, 16))
+
+
 def test_block_drops_in_training_alone():
     block, x = EncoderBlock(16, 4, dropout_p=0.5), tokens(2, 5, 16)
     torch.manual_seed(0)
