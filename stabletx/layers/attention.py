@@ -179,7 +179,7 @@ class MultiHeadAttention(nn.Module):
                     q, k, v, mask=mask, bias=bias, scale=self.scale,
                     dropout_p=self.dropout_p, training=self.training, method=self.method,
                 )  # fmt: skip
-            out = seen.transpose(1, 2)
+            out = seen.to(q.dtype).transpose(1, 2)  # one query comes in the dtype computed in
         projected: Tensor = self.out(out.flatten(-2))
         return projected
 

@@ -215,6 +215,21 @@ def test_every_prefix_from_a_cache_is_that_of_the_whole(same_function, fast_ways
         assert any(fast_ways)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_one_token_in_16_bits_errs_by_rounding_alone(fast_ways, dtype):
+    torch.manual_seed(0)
+    made, x = MultiHeadAttention(16, 4, is_causal=True).to(dtype).eval(), torch.randn(2, 6, 16)
+    x, cache = x.to(dtype), KeyValueCache(2, 4, 6, 4, dtype=dtype)
+    made(x[:, :5], cache=cache)
+    out = made(x[:, 5:], cache=cache)
+    assert fast_ways == [True]
+    assert out.dtype == dtype
+    exact = made.double()(x.double())[:, 5:]
+    # Rounded to 16 bits at each of a handful of steps.
+    assert (out - exact).abs().max() <= 8 * torch.finfo(dtype).eps * exact.abs().max()
+
+
 @torch.no_grad()
 def test_a_wild_key_in_the_cache_reaches_only_those_who_see_it(fast_ways):
     made, x = MultiHeadAttention(16, 4, is_causal=True).eval(), torch.randn(2, 6, 16)

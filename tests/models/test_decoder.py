@@ -132,6 +132,14 @@ def test_generate_writes_the_best_token_each_time_wherever_padding_lies(kind, ke
         assert torch.equal(line[-5:], new)
 
 
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_generate_works_in_16_bits(kind, dtype):
+    made = model(kind, dtype)
+    for keep in (None, LEFT):
+        assert made.generate(IDS, keep, max_new_tokens=3).shape == (3, 3)
+
+
 def test_generate_draws_repeatably_and_from_the_best_alone_when_told():
     made = model()
 
