@@ -14,6 +14,7 @@ from stabletx.functional.attention import Method, attention
 from stabletx.functional.packed import packed_attention
 from stabletx.functional.positions import rotate
 from stabletx.layers import _layer_checks
+from stabletx.layers._as_made import is_as_made
 from stabletx.layers._from_torch import fill, read_attention
 from stabletx.layers._init import init_linear
 from stabletx.layers.cache import KeyValueCache
@@ -217,16 +218,23 @@ class MultiHeadAttention(nn.Module):
         """Use the first rows of the fused projection for ``x``, the others for the context."""
         _checks.check_axes("context", context, "b s m")
         n = self._widths()[0]
-        weight, bias = self.qkv.weight, self.qkv.bias
-        q = self._heads(nn.functional.linear(x, weight[:n], None if bias is None else bias[:n]))
+        q = self._heads(self._part(x, slice(n)))
         if cache is not None and cache.length:
             q = q if self.q_norm is None else self.q_norm(q)
             return rearrange(q, "b t h d -> b h t d"), *cache.read()
-        kv = nn.functional.linear(context, weight[n:], None if bias is None else bias[n:])
+        kv = self._part(context, slice(n, None))
         k, v = (self._heads(part) for part in kv.chunk(2, dim=-1))
         q, k = self._normed(q, k)
         q, k, v = (rearrange(a, "b t h d -> b h t d") for a in (q, k, v))
         return (q, k, v) if cache is None else (q, *cache.append(k, v))
+
+    def _part(self, x: Tensor, rows: slice) -> Tensor:
+        """Project by some rows of ``qkv``; by all where it is replaced, as by LoRA, or watched."""
+        if not is_as_made(self.qkv, Linear):
+            whole: Tensor = self.qkv(x)
+            return whole[..., rows]
+        weight, bias = self.qkv.weight, self.qkv.bias
+        return nn.functional.linear(x, weight[rows], None if bias is None else bias[rows])
 
     def _joined(self, mask: Mask | Tensor | None, n_queries: int, *, is_self: bool) -> Mask | None:
         if isinstance(mask, Tensor):

@@ -1,8 +1,11 @@
 """Attention with its projections."""
 
+import copy
+
 import pytest
 import torch
 from einops import repeat
+from torch import nn
 from torch.autograd import gradcheck
 
 from stabletx import Mask, attention
@@ -60,6 +63,34 @@ def test_attending_to_oneself_as_context_is_self_attention(same_function):
         return [out, *torch.autograd.grad(out.square().sum(), list(made.parameters()))]
 
     same_function(attend, lambda dtype: attend(dtype, context=True))
+
+
+def test_a_replaced_or_watched_projection_counts_for_a_context_too():
+    made, x, context = layer(qk_norm=False), tokens(2, 3, 16), tokens(2, 5, 16, seed=1)
+    before = made(x, context=context)
+    shapes = []
+    handle = made.qkv.register_forward_hook(lambda *call: shapes.append(call[-1].shape[1]))
+    assert torch.allclose(made(x, context=context), before)
+    assert shapes == [3, 5]
+    handle.remove()
+
+    class Adapted(nn.Module):
+        """Add to a linear map what was learned, as LoRA does."""
+
+        def __init__(self, base):
+            super().__init__()
+            self.base, self.in_features = base, base.in_features
+            self.weight, self.bias = base.weight, base.bias
+            self.learned = tokens(48, 16, seed=2)
+
+        def forward(self, x):
+            return self.base(x) + x @ self.learned.T
+
+    merged = copy.deepcopy(made)
+    made.qkv = Adapted(made.qkv)
+    with torch.no_grad():
+        merged.qkv.weight += made.qkv.learned
+    assert torch.allclose(made(x, context=context), merged(x, context=context))
 
 
 def test_causal_attention_moves_no_bit_of_the_past_when_the_future_changes():
