@@ -18,6 +18,23 @@ def check_cache_has_room(n_tokens: int, capacity: int) -> None:
         )
 
 
+def check_batch_size(batch_size: int) -> None:
+    """Refuse anything but an int of at least zero."""
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int):
+        raise TypeError(must("batch_size", "be an int", repr(batch_size)))
+    if batch_size < 0:
+        raise ValueError(must("batch_size", "be at least 0", batch_size))
+
+
+def check_may_be_written(argument: str, value: Tensor) -> None:
+    """Refuse, outside of inference mode, memory that was taken in it and cannot be written to."""
+    if not torch.is_inference_mode_enabled() and value.is_inference():
+        raise RuntimeError(
+            f"{argument} must be used in torch.inference_mode(), in which it was made, got "
+            "torch.is_inference_mode_enabled()=False. Make it outside, or wrap the call."
+        )
+
+
 def check_no_gradient(what: str) -> None:
     """Refuse to record a gradient through what does not carry one."""
     if torch.is_grad_enabled():

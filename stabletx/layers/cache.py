@@ -43,30 +43,30 @@ class KeyValueCache:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
+        _layer_checks.check_batch_size(batch_size)
         for name, size in (("n_kv_heads", n_kv_heads), ("head_dim", head_dim)):
             _checks.check_positive(name, size)
         _checks.check_positive("capacity", capacity)
         shape = (2, batch_size, n_kv_heads, capacity, head_dim)
         # Never read before it is written, so that old memory cannot matter.
         self._both = torch.empty(shape, dtype=dtype, device=device)
-        self._k, self._v = self._both.unbind(0)
         self.length = self._n_seen = 0
         self._longest = (0.0, 0.0)
 
     @property
     def n_kv_heads(self) -> int:
         """Give the number of key/value heads."""
-        return self._k.shape[1]
+        return self._both.shape[2]
 
     @property
     def dtype(self) -> torch.dtype:
         """Give the dtype of keys and values."""
-        return self._k.dtype
+        return self._both.dtype
 
     @property
     def capacity(self) -> int:
         """Give the number of tokens that fit."""
-        return self._k.shape[2]
+        return self._both.shape[3]
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add the keys and values of new tokens, and give all so far as views.
@@ -81,7 +81,8 @@ class KeyValueCache:
         Raises:
             ValueError: if the batch size, heads or device differ, or the cache is full.
             TypeError: if the dtype differs.
-            RuntimeError: if they want a gradient, which a cache cannot carry.
+            RuntimeError: if they want a gradient, which a cache cannot carry, or outside of
+                inference mode where the cache was made in it.
         """
         if not (k.shape == v.shape and self._fits(k) and self._fits(v)):
             self._refuse(k, v)
@@ -89,9 +90,10 @@ class KeyValueCache:
             _layer_checks.check_no_gradient("a KeyValueCache")
         end = self.length + k.shape[2]
         _layer_checks.check_cache_has_room(end, self.capacity)
+        _layer_checks.check_may_be_written("cache", self._both)
         with torch.no_grad():
-            self._k[:, :, self.length : end] = k
-            self._v[:, :, self.length : end] = v
+            self._both[0, :, :, self.length : end] = k
+            self._both[1, :, :, self.length : end] = v
         self.length = end
         return self.read()
 
@@ -105,37 +107,38 @@ class KeyValueCache:
         _layer_checks.check_cache_has_room(end, capacity)
         self._both.select(3, self.length).copy_(kv.view(b, 2, g, d).transpose(0, 1))
         self.length = end
-        return self._k.narrow(2, 0, end), self._v.narrow(2, 0, end)
+        return self.read()
 
-    def take_back(self) -> None:
-        """Forget the last token."""
-        self.length -= 1
+    def take_back(self, length: int) -> None:
+        """Forget the tokens beyond the first ``length``."""
+        self.length = min(self.length, length)
         self._n_seen = min(self._n_seen, self.length)
 
     def _fits(self, x: Tensor) -> bool:
-        kept = self._k
+        kept = self._both
         return (
             x.ndim == 4
-            and x.shape[:2] == kept.shape[:2]
-            and x.shape[3] == kept.shape[3]
+            and x.shape[:2] == kept.shape[1:3]
+            and x.shape[3] == kept.shape[4]
             and x.dtype == kept.dtype
             and x.device == kept.device
         )
 
     def _refuse(self, k: Tensor, v: Tensor) -> None:
-        b, g, _, d = self._k.shape
+        _, b, g, _, d = self._both.shape
         for name, x in (("k", k), ("v", v)):
             _checks.check_axes(name, x, "b g t d")
             _checks.check_same("batch size", name, x.shape[0], "cache", b)
             _checks.check_same("number of heads", name, x.shape[1], "cache", g)
             _checks.check_same("head dim", name, x.shape[3], "cache", d)
-            _checks.check_same("dtype", name, x.dtype, "cache", self._k.dtype)
-            _checks.check_same("device", name, x.device, "cache", self._k.device)
+            _checks.check_same("dtype", name, x.dtype, "cache", self.dtype)
+            _checks.check_same("device", name, x.device, "cache", self._both.device)
         _checks.check_same("number of tokens", "v", v.shape[2], "k", k.shape[2])
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Give the keys and values so far, as views."""
-        return self._k[:, :, : self.length], self._v[:, :, : self.length]
+        k, v = self._both.narrow(3, 0, self.length).unbind(0)
+        return k, v
 
     def longest(self) -> tuple[float, float]:
         """Give the largest norm of a key and of a value so far; inf where one is not finite.
@@ -160,4 +163,4 @@ class KeyValueCache:
 
     def __repr__(self) -> str:
         held = f"{self.length} of {self.capacity} tokens"
-        return f"KeyValueCache({held}, batch size {self._k.shape[0]})"
+        return f"KeyValueCache({held}, batch size {self._both.shape[1]})"

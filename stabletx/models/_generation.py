@@ -39,6 +39,7 @@ class DecoderCache:
         like: Tensor,
         context_len: int = 0,
     ) -> None:
+        _layer_checks.check_batch_size(batch_size)
         device = like.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else like.dtype
@@ -56,8 +57,8 @@ class DecoderCache:
 
     @property
     def length(self) -> int:
-        """Give the number of tokens so far, padding included."""
-        return self.layers[0].length
+        """Give the number of tokens that went through all layers, padding included."""
+        return self.layers[-1].length
 
     @property
     def batch_size(self) -> int:
@@ -81,11 +82,15 @@ class DecoderCache:
 
         Raises:
             ValueError: for another batch size, or more tokens than there is room for.
+            RuntimeError: outside of inference mode where the cache was made in it.
         """
         batch_size, capacity = self._keep.shape
         start, end = self.length, self.length + ids.shape[1]
         _checks.check_same("batch size", "input_ids", ids.shape[0], "cache", batch_size)
         _layer_checks.check_cache_has_room(end, capacity)
+        _layer_checks.check_may_be_written("cache", self._keep)
+        for layer in self.layers:  # a pass that was cut short left tokens in the first ones
+            layer.take_back(start)
         self._has_padding = self._has_padding or keep is not None
         known = self.known(end)
         if known is None:

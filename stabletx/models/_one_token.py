@@ -119,7 +119,7 @@ class OneToken:
         if watched.needed_no_guard():
             return self.stack.scores(x) if self.head is None else self.head(x)
         for layer in self.layers:
-            layer.kept.take_back()
+            layer.kept.take_back(layer.kept.length - 1)
         return None
 
     def _attended(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from stabletx import _checks
+from stabletx.models import _model_checks
 from stabletx.models._decoder_stack import DecoderStack, next_labels
 from stabletx.models._generation import DecoderCache, write_tokens
 from stabletx.models._inputs import Inputs, read_inputs
@@ -63,10 +64,14 @@ class Decoder(StoredModel):
 
         Raises:
             TypeError: if ids are not integers.
-            ValueError: for a wrong shape, an id outside the vocabulary, or a full cache.
+            ValueError: for a wrong shape, an id outside the vocabulary, a full cache or one of
+                another model.
         """
         inputs = read_inputs(input_ids, attention_mask, may_pack=cache is None)
         if cache is not None:
+            _model_checks.check_kind("cache", cache, DecoderCache)
+            n_layers = self.stack.n_layers
+            _checks.check_same("number of layers", "cache", len(cache.layers), "model", n_layers)
             _checks.check_all_none({"packed ids": inputs.plan}, "cache", "Pass padded ids.")
         logits = self.stack.scores(self.stack(inputs, cache=cache))
         loss = None

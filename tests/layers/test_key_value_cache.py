@@ -1,5 +1,7 @@
 """What a decoder remembers of earlier tokens."""
 
+import copy
+import pickle
 from itertools import pairwise
 
 import pytest
@@ -32,6 +34,38 @@ def test_cache_gives_back_what_it_was_given_as_views_of_one_memory():
     k, _ = cache.append(*parts[0])
     assert k.data_ptr() == first
     assert torch.equal(k, parts[0][0])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_of_a_cache_goes_on_by_itself(copied):
+    first, (k, v) = KeyValueCache(2, 2, 7, 4), entries(3)
+    first.append(k, v)
+    second = copied(first)
+    one = torch.cat([k[:, :, 0], v[:, :, 0]], 1)
+    for cache, factor in ((first, 1), (second, 100)):
+        cache.append(factor * k, factor * v)
+        assert torch.equal(cache.read()[0], torch.cat([k, factor * k], 2))
+        longest = factor * float(k.norm(dim=-1).max())
+        assert cache.longest()[0] == pytest.approx(longest)
+        for all_tokens, new in zip(cache.append_one(factor * one), (k, v), strict=True):
+            assert torch.equal(all_tokens[:, :, -1], factor * new[:, :, 0])
+
+
+def test_cache_made_in_inference_mode_says_where_it_can_be_used():
+    with torch.inference_mode():
+        cache = KeyValueCache(2, 2, 6, 4)
+        cache.append(*entries(3))
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"cache must be used in .*=False"):
+        cache.append(*entries(3))
+    assert cache.length == 3
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "error"), [(-1, ValueError), (2.0, TypeError), (True, TypeError)]
+)
+def test_cache_refuses_a_batch_size_that_is_none(batch_size, error):
+    with pytest.raises(error, match=f"batch_size must be .*, got batch_size={batch_size}"):
+        KeyValueCache(batch_size, 2, 6, 4)
 
 
 def test_cache_refuses_a_token_too_many():
@@ -262,7 +296,7 @@ def test_one_token_side_by_side_is_one_that_was_appended():
     with pytest.raises(ValueError, match=r"cache must have room for 5 tokens, got .*capacity=4"):
         cache.append_one(together)
     assert cache.longest() == other.longest()
-    cache.take_back()
+    cache.take_back(3)
     for got, expected in zip(cache.read(), (k, v), strict=True):
         assert torch.equal(got, expected)
     cache.append_one(100 * together)  # looked at again, though as many tokens were seen before

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stabletx.functional import cross_entropy
+from stabletx.layers import KeyValueCache
 from stabletx.models import Decoder, TransformerConfig
 from stabletx.packing import Packed
 
@@ -179,6 +180,39 @@ def test_generate_pads_after_an_end_and_stops_when_all_have_ended():
 def test_generate_refuses_settings_that_pick_nothing(options, match):
     with pytest.raises(ValueError, match=match):
         model().generate(IDS, **{"max_new_tokens": 1, **options})
+
+
+@pytest.mark.parametrize("keep", [None, LEFT], ids=["full", "left"])
+def test_a_pass_that_was_cut_short_leaves_nothing_in_a_cache(keep):
+    made = model().requires_grad_(False)
+    cache = made.new_cache(3, 9)
+    made.stack.blocks[1].requires_grad_(True)
+    with pytest.raises(RuntimeError, match="KeyValueCache must be used without gradient"):
+        made(IDS, keep, cache=cache)
+    with torch.no_grad():
+        out = made(IDS, keep, cache=cache).logits
+        other = made.new_cache(3, 9)
+        assert torch.equal(out, made(IDS, keep, cache=other).logits)
+        assert cache.length == other.length == 7
+        new = IDS[:, :2]
+        assert torch.equal(made(new, cache=cache).logits, made(new, cache=other).logits)
+
+
+@torch.no_grad()
+def test_decoder_refuses_a_cache_that_is_not_its_own():
+    made = model()
+    for n_layers in (1, 3):
+        cache = Decoder(TransformerConfig(40, 16, n_layers, 4)).new_cache(3, 9)
+        with pytest.raises(ValueError, match=f"cache must have .* got cache with {n_layers} and"):
+            made(IDS, cache=cache)
+    with pytest.raises(TypeError, match="cache must be a DecoderCache, got cache=KeyValueCache"):
+        made(IDS, cache=KeyValueCache(3, 2, 9, 4))
+    with pytest.raises(ValueError, match="batch_size must be at least 0, got batch_size=-1"):
+        made.new_cache(-1, 9)
+    with torch.inference_mode():
+        cache = made.new_cache(3, 9)
+    with pytest.raises(RuntimeError, match=r"cache must be used in torch.inference_mode\(\)"):
+        made(IDS, LEFT, cache=cache)
 
 
 def test_decoder_refuses_a_full_cache_another_batch_and_an_empty_prompt():
