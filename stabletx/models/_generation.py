@@ -13,7 +13,6 @@ from stabletx.functional.softmax import softmax
 from stabletx.layers import _layer_checks
 from stabletx.layers.cache import KeyValueCache
 from stabletx.masks import Mask
-from stabletx.models import _model_checks
 from stabletx.models._inputs import count_before
 from stabletx.models.config import TransformerConfig
 
@@ -114,8 +113,7 @@ def write_tokens(
     top_p: float,
     generator: torch.Generator | None,
 ) -> Tensor:  # (b, at most max_new_tokens)
-    """Pick tokens until every row has ended; what follows an end is ``pad_id``."""
-    _model_checks.check_sampling(max_new_tokens, temperature, top_p)
+    """Pick tokens, by settings that were checked, until every row has ended; then ``pad_id``."""
     ended = torch.zeros(logits.shape[0], dtype=torch.bool, device=logits.device)
     written: list[Tensor] = []
     while True:
@@ -135,7 +133,10 @@ def _pick(
 ) -> Tensor:  # (b, vocab_size) -> (b,)
     if temperature == 0 or 0 in logits.shape:
         return logits.argmax(-1)
-    weights, ids = softmax(logits.float() / temperature).sort(dim=-1, descending=True)
+    # From the best score down, and not below a float's least: no quotient is then inf or NaN.
+    below = logits.float() - logits.float().amax(-1, keepdim=True)
+    least = torch.finfo(below.dtype).tiny
+    weights, ids = softmax(below / max(temperature, least)).sort(dim=-1, descending=True)
     if top_p < 1:
         # A token stays while those before it have not reached top_p: the first always does.
         weights = torch.where(weights.cumsum(-1) - weights < top_p, weights, 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from stabletx._checks import check_finite_number, check_positive, must
@@ -105,7 +106,9 @@ def pickled_weights(folder: object, name: str) -> str:
     )
 
 
-def check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
+def check_sampling(
+    max_new_tokens: int, temperature: float, top_p: float, generator: object
+) -> None:
     """Refuse settings that cannot pick a token."""
     check_positive("max_new_tokens", max_new_tokens)
     check_finite_number("temperature", temperature)
@@ -115,6 +118,8 @@ def check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> Non
     check_finite_number("top_p", top_p)
     if not 0 < top_p <= 1:
         raise ValueError(must("top_p", "be in (0, 1]", top_p, "1 keeps every token."))
+    if generator is not None:
+        check_kind("generator", generator, torch.Generator)
 
 
 def check_has_bos(bos_id: int | None) -> int:

@@ -108,6 +108,8 @@ class Decoder(StoredModel):
         Raises:
             ValueError: for an empty prompt, a wrong shape or setting.
         """
+        _model_checks.check_sampling(max_new_tokens, temperature, top_p, generator)
+        _checks.check_axes("input_ids", input_ids, "b n", "Add a batch axis: input_ids[None].")
         inputs = read_inputs(input_ids, attention_mask, may_pack=False)
         b, n = inputs.ids.shape
         _checks.check_positive("input_ids.shape[1]", n)

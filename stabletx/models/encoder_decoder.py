@@ -99,6 +99,7 @@ class EncoderDecoder(StoredModel):
         Raises:
             ValueError: for an empty source, a wrong shape or setting.
         """
+        _model_checks.check_sampling(max_new_tokens, temperature, top_p, generator)
         context, source = self._read(input_ids, attention_mask)
         b, s = input_ids.shape
         _checks.check_positive("input_ids.shape[1]", s)

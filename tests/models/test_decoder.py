@@ -172,6 +172,7 @@ def test_generate_pads_after_an_end_and_stops_when_all_have_ended():
     ("options", "match"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be positive, got max_new_tokens=0"),
+        ({"max_new_tokens": -1}, "max_new_tokens must be positive, got max_new_tokens=-1"),
         ({"temperature": -1.0}, "temperature must be at least 0, got temperature=-1.0"),
         ({"temperature": float("nan")}, "temperature must be finite"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got top_p=0.0"),
@@ -180,6 +181,29 @@ def test_generate_pads_after_an_end_and_stops_when_all_have_ended():
 def test_generate_refuses_settings_that_pick_nothing(options, match):
     with pytest.raises(ValueError, match=match):
         model().generate(IDS, **{"max_new_tokens": 1, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be an int, got max_new_tokens=2.5"),
+        ({"max_new_tokens": None}, "max_new_tokens must be an int, got max_new_tokens=None"),
+        ({"generator": 5}, "generator must be a Generator, got generator=int"),
+        ({"input_ids": Packed(IDS[0], torch.tensor([7]))}, "input_ids must be a torch.Tensor"),
+    ],
+)
+def test_generate_refuses_what_are_not_settings(options, match):
+    with pytest.raises(TypeError, match=match):
+        model().generate(**{"input_ids": IDS, "max_new_tokens": 1, **options})
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-40, 1e-320])
+def test_any_small_temperature_draws_the_best_token(temperature):
+    made = model(dtype=torch.float32)
+    with torch.no_grad():
+        made.stack.stem.embedding.tokens.weight.mul_(1000)  # scores of hundreds
+    drawn = made.generate(IDS, max_new_tokens=4, temperature=temperature)
+    assert torch.equal(drawn, made.generate(IDS, max_new_tokens=4))
 
 
 @pytest.mark.parametrize("keep", [None, LEFT], ids=["full", "left"])
