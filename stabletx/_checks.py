@@ -92,6 +92,13 @@ def check_integers(argument: str, value: Tensor) -> None:
         raise TypeError(must(argument, "hold integers", value.dtype))
 
 
+def check_zeros_and_ones(argument: str, value: Tensor) -> None:
+    """Refuse a tensor of numbers that lies on the CPU and holds others than 0 and 1."""
+    if not bool(((value == 0) | (value == 1)).all()):
+        instead = "1 = a real token. Of an additive mask pass attention_mask == 0."
+        raise ValueError(must(argument, "hold 0 and 1 or be boolean", "other values", instead))
+
+
 def check_offset(offset: object) -> None:
     """Refuse an offset that is neither None, an int nor an integer tensor (b,)."""
     if offset is None or (isinstance(offset, int) and not isinstance(offset, bool)):

@@ -110,7 +110,11 @@ def _as_keep(attention_mask: Tensor, input_ids: Tensor) -> Tensor:
     _checks.check_same(
         "shape", "attention_mask", tuple(attention_mask.shape), "input_ids", tuple(input_ids.shape)
     )
-    return attention_mask if attention_mask.dtype == torch.bool else attention_mask != 0
+    if attention_mask.dtype == torch.bool:
+        return attention_mask
+    if attention_mask.device.type == "cpu" and _values_may_be_read():
+        _checks.check_zeros_and_ones("attention_mask", attention_mask)
+    return attention_mask != 0
 
 
 def _values_may_be_read() -> bool:

@@ -233,6 +233,14 @@ def test_weights_start_so_that_depth_does_not_swell_the_stream():
             ValueError,
             "attention_mask must be None beside packed ids",
         ),
+        (
+            torch.zeros(1, 2).long(),
+            torch.tensor([[0.0, -1e9]]),
+            ValueError,
+            "attention_mask must hold 0 and 1 or be boolean, .*pass attention_mask == 0",
+        ),
+        (torch.zeros(1, 2).long(), torch.tensor([[1, 2]]), ValueError, "must hold 0 and 1"),
+        (torch.zeros(1, 1).long(), torch.tensor([[torch.nan]]), ValueError, "must hold 0 and 1"),
     ],
 )
 def test_encoder_refuses_what_are_not_ids_or_their_mask(ids, keep, error, match):
