@@ -103,7 +103,7 @@ class Plan:
         ordered, order = torch.sort(lengths.long(), descending=True, stable=True)
         n_tokens = int(ordered.sum())
         shift = starts.index_select(0, order) - (ordered.cumsum(0) - ordered)
-        index = torch.arange(n_tokens) + shift.repeat_interleave(ordered)
+        index = torch.arange(n_tokens, device=shift.device) + shift.repeat_interleave(ordered)
         return Plan._of_order(ordered, order, index, (n_tokens,), device)
 
     @staticmethod
@@ -115,9 +115,10 @@ class Plan:
         device: torch.device | None,
     ) -> Plan:
         starts = lengths.cumsum(0) - lengths
-        positions = torch.arange(len(index)) - starts.repeat_interleave(lengths)
+        places = torch.arange(len(index), device=index.device)
+        positions = places - starts.repeat_interleave(lengths)
         rank = torch.empty_like(order)
-        rank[order] = torch.arange(len(order))
+        rank[order] = torch.arange(len(order), device=order.device)
         runs, start = [], 0
         values, counts = torch.unique_consecutive(lengths, return_counts=True)
         for length, count in zip(values.tolist(), counts.tolist(), strict=True):
@@ -141,8 +142,8 @@ class Plan:
     def cumulative_lengths(self) -> Tensor:  # (b + 1,) int32
         """Give where each sequence starts in the plan's order, as varlen kernels take it."""
         lengths = [run.length for run in self.runs for _ in range(run.n_rows)]
-        cumulative = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return cumulative.to(self.index.device, non_blocking=True)
+        starts = torch.tensor([0, *lengths], dtype=torch.int32, device="cpu")
+        return starts.cumsum(0, dtype=torch.int32).to(self.index.device, non_blocking=True)
 
     def pack(self, x: Tensor) -> Tensor:  # (*shape, ...) -> (n_tokens, ...)
         """Take the real tokens out of the caller's layout, in the plan's order."""

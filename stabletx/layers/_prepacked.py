@@ -289,7 +289,7 @@ def _fastest(
         ]
         for way in ways
     }
-    other = torch.zeros(_CACHE // 4 if is_few else 0)
+    other = torch.zeros(_CACHE // 4 if is_few else 0, device="cpu")
     turns = [{way: _seconds(calls[way], other) for way in ways} for _ in range(_TURNS)]
     return min(ways, key=lambda way: min(turn[way] for turn in turns[1:]))
 

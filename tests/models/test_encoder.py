@@ -176,6 +176,15 @@ def test_encoder_reads_masks_of_zeros_and_ones_as_booleans():
     assert torch.equal(full, made(ids).last_hidden_state)
 
 
+def test_encoder_works_where_new_tensors_lie_on_another_device():
+    made, ids, keep = model(), some_ids(2, 3), torch.tensor([[True, True, False], [True] * 3])
+    packed = Packed(ids[keep], keep.sum(1))
+    with torch.device("meta"):
+        outs = [made(ids, keep).last_hidden_state, made(packed).last_hidden_state]
+    assert torch.equal(outs[0], made(ids, keep).last_hidden_state)
+    assert torch.equal(outs[1], made(packed).last_hidden_state)
+
+
 def test_encoder_is_one_graph_when_compiled(same_function):
     keep = torch.tensor([[True, True, False], [True, True, True]])
 
