@@ -289,6 +289,7 @@ def check_lengths(lengths: Tensor, tokens: Tensor) -> None:
         raise ValueError(
             must("lengths", "be on the CPU", f"a tensor on {lengths.device}", "Use .cpu() once.")
         )
+    lengths = lengths.long()  # torch cannot reduce every kind of integer
     if lengths.numel() and int(lengths.min()) < 0:
         raise ValueError(must("lengths", "be at least 0", int(lengths.min())))
     n_tokens = tokens.shape[0] if tokens.ndim else 0

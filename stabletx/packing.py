@@ -99,8 +99,9 @@ class Plan:
         >>> Plan.of_lengths(torch.tensor([1, 2])).runs
         (Run(start=0, n_rows=1, length=2), Run(start=2, n_rows=1, length=1))
         """
+        lengths = lengths.long()
         starts = lengths.cumsum(0) - lengths
-        ordered, order = torch.sort(lengths.long(), descending=True, stable=True)
+        ordered, order = torch.sort(lengths, descending=True, stable=True)
         n_tokens = int(ordered.sum())
         shift = starts.index_select(0, order) - (ordered.cumsum(0) - ordered)
         index = torch.arange(n_tokens, device=shift.device) + shift.repeat_interleave(ordered)

@@ -67,6 +67,7 @@ def read_inputs(
     _checks.check_integers("token_type_ids", token_type_ids)
     shapes = (tuple(token_type_ids.shape), tuple(ids.shape))
     _checks.check_same("shape", "token_type_ids", shapes[0], "input_ids", shapes[1])
+    token_type_ids = as_index(token_type_ids)
     types = token_type_ids if inputs.plan is None else inputs.plan.pack(token_type_ids)
     return replace(inputs, token_types=types)
 
@@ -82,9 +83,10 @@ def _read(input_ids: Tensor | Packed, attention_mask: Tensor | None, *, may_pack
         _checks.check_integers("input_ids.tokens", input_ids.tokens)
         _checks.check_axes("input_ids.tokens", input_ids.tokens, "n_tokens")
         plan = Plan.of_lengths(input_ids.lengths, input_ids.tokens.device)
-        return Inputs(plan.pack(input_ids.tokens), plan.positions, None, plan)
+        return Inputs(plan.pack(as_index(input_ids.tokens)), plan.positions, None, plan)
     _checks.check_integers("input_ids", input_ids)
     _checks.check_axes("input_ids", input_ids, "b n", "Add a batch axis: input_ids[None].")
+    input_ids = as_index(input_ids)
     if attention_mask is None:
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         return Inputs(input_ids, positions, None, None)
@@ -98,6 +100,11 @@ def _read(input_ids: Tensor | Packed, attention_mask: Tensor | None, *, may_pack
             return Inputs(plan.pack(input_ids), plan.positions, keep.to(input_ids.device), plan)
     keep = keep.to(input_ids.device)
     return Inputs(input_ids, count_before(keep), keep, None)
+
+
+def as_index(ids: Tensor) -> Tensor:
+    """Give ids in a dtype that torch looks up by; files often hold 8 or 16 bits."""
+    return ids if ids.dtype in (torch.int64, torch.int32) else ids.long()
 
 
 def count_before(keep: Tensor) -> Tensor:  # (b, n) bool -> (b, n)

@@ -11,7 +11,7 @@ from stabletx import _checks
 from stabletx.models import _model_checks
 from stabletx.models._decoder_stack import DecoderStack, next_labels
 from stabletx.models._generation import DecoderCache, write_tokens
-from stabletx.models._inputs import Inputs, read_inputs
+from stabletx.models._inputs import Inputs, as_index, read_inputs
 from stabletx.models._one_token import OneToken
 from stabletx.models._parts import reset_model
 from stabletx.models._storage import StoredModel
@@ -140,6 +140,7 @@ def _targets(labels: Tensor, input_ids: Tensor | Packed, inputs: Inputs) -> Tens
     ids = input_ids.tokens if isinstance(input_ids, Packed) else input_ids
     _checks.check_integers("labels", labels)
     _checks.check_same("shape", "labels", tuple(labels.shape), "input_ids", tuple(ids.shape))
+    labels = as_index(labels)
     if not isinstance(input_ids, Packed):
         targets = next_labels(labels, inputs.keep)
         return targets if inputs.plan is None else inputs.plan.pack(targets)

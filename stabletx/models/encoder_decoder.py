@@ -11,7 +11,7 @@ from stabletx import _checks
 from stabletx.models import _model_checks
 from stabletx.models._decoder_stack import IGNORED, DecoderStack
 from stabletx.models._generation import DecoderCache, write_tokens
-from stabletx.models._inputs import Inputs, read_inputs
+from stabletx.models._inputs import Inputs, as_index, read_inputs
 from stabletx.models._parts import reset_model
 from stabletx.models._storage import StoredModel
 from stabletx.models.config import TransformerConfig
@@ -127,5 +127,6 @@ class EncoderDecoder(StoredModel):
     def _shifted(self, labels: Tensor) -> Tensor:  # (b, t) -> (b, t)
         _checks.check_integers("labels", labels)
         _checks.check_axes("labels", labels, "b t")
-        begun = torch.nn.functional.pad(labels, (1, 0), value=self.bos_id)[:, : labels.shape[1]]
+        begun = torch.nn.functional.pad(as_index(labels), (1, 0), value=self.bos_id)
+        begun = begun[:, : labels.shape[1]]
         return torch.where(begun == IGNORED, self.config.pad_id, begun)

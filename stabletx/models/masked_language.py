@@ -8,7 +8,7 @@ from torch import Tensor
 
 from stabletx import _checks
 from stabletx.functional.losses import cross_entropy
-from stabletx.models._inputs import read_inputs
+from stabletx.models._inputs import as_index, read_inputs
 from stabletx.models._parts import language_head, reset_model
 from stabletx.models._storage import StoredModel
 from stabletx.models.config import TransformerConfig
@@ -64,7 +64,8 @@ class MaskedLanguageModel(StoredModel):
         loss = None
         if labels is not None:
             ids = input_ids.tokens if isinstance(input_ids, Packed) else input_ids
+            _checks.check_integers("labels", labels)
             shapes = (tuple(labels.shape), tuple(ids.shape))
             _checks.check_same("shape", "labels", shapes[0], "input_ids", shapes[1])
-            loss = cross_entropy(logits, inputs.arrange(labels, fill=-100))
+            loss = cross_entropy(logits, inputs.arrange(as_index(labels), fill=-100))
         return MaskedLanguageOutput(loss=loss, logits=inputs.restore(logits))

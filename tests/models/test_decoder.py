@@ -114,6 +114,14 @@ def test_each_real_token_is_asked_for_the_next_real_one(same_function, keep):
     same_function(by_hand, packed)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16], ids=str)
+def test_labels_of_any_integer_dtype_are_the_same(dtype):
+    made = model()
+    for keep in (None, LEFT, HOLED):
+        loss = made(IDS, keep, labels=IDS).loss
+        assert torch.equal(made(IDS.to(dtype), keep, labels=IDS.to(dtype)).loss, loss)
+
+
 def test_decoder_loss_is_zero_where_no_token_has_a_next_one():
     made = model()
     for ids in (IDS[:, :1], IDS[:, :0], IDS[:0]):

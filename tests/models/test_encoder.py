@@ -176,6 +176,24 @@ def test_encoder_reads_masks_of_zeros_and_ones_as_booleans():
     assert torch.equal(full, made(ids).last_hidden_state)
 
 
+NARROW = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32]
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_encoder_reads_ids_lengths_and_types_of_any_integer_dtype(dtype):
+    made, ids, keep = model("factorised shared"), some_ids(2, 3), torch.ones(2, 3).bool()
+    keep[0, 2] = False
+    types = ids % 2
+    for mask in (None, keep):
+        expected = made(ids, mask, token_type_ids=types).last_hidden_state
+        found = made(ids.to(dtype), mask, token_type_ids=types.to(dtype)).last_hidden_state
+        assert torch.equal(found, expected)
+    lengths = torch.tensor([2, 3])
+    expected = made(Packed(ids[keep], lengths)).last_hidden_state
+    packed = Packed(ids[keep].to(dtype), lengths.to(dtype))
+    assert torch.equal(made(packed).last_hidden_state, expected)
+
+
 def test_encoder_works_where_new_tensors_lie_on_another_device():
     made, ids, keep = model(), some_ids(2, 3), torch.tensor([[True, True, False], [True] * 3])
     packed = Packed(ids[keep], keep.sum(1))
