@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.errors import BenchmarkError
 from benchmarks.interleave import turn_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,9 +30,11 @@ class Apart:
 
     Raises:
         ImportError: if what it needs is not installed.
+        BenchmarkError: if its process ends by itself, in its turns too.
     """
 
     def __init__(self, part: str, workload: str, name: str, device: str) -> None:
+        self._name = name
         words = [part, workload, name, device, str(torch.get_num_threads())]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.apart", *words],
@@ -49,8 +52,11 @@ class Apart:
     def seconds(self) -> float:
         """Take a turn; give the mean time of a call."""
         assert self._process.stdin is not None
-        self._process.stdin.write("turn\n")
-        self._process.stdin.flush()
+        try:
+            self._process.stdin.write("turn\n")
+            self._process.stdin.flush()
+        except BrokenPipeError as error:  # the command line would take it for its reader leaving
+            raise self._has_ended() from error
         return float(self._answer("turn")["seconds"])
 
     def close(self) -> None:
@@ -64,7 +70,14 @@ class Apart:
             if line.startswith(f'{{"{kind}"'):  # all else is what a peer prints
                 found: dict[str, Any] = json.loads(line)[kind]
                 return found
-        raise RuntimeError(f"A contestant ended before its turn, with {self._process.wait()}.")
+        raise self._has_ended()
+
+    def _has_ended(self) -> BenchmarkError:
+        code = self._process.wait()
+        return BenchmarkError(
+            f"{self._name} must take its turns to the end, got a process that ended with {code}. "
+            "What it said stands above; uninstall what it needs to leave it out."
+        )
 
 
 def serve(part: str, workload: str, name: str, device: str) -> None:
@@ -84,7 +97,8 @@ def serve(part: str, workload: str, name: str, device: str) -> None:
 
 
 def _say(kind: str, found: dict[str, Any]) -> None:
-    print(json.dumps({kind: found}), flush=True)
+    # On a line of its own: a peer may have left one open.
+    print(f"\n{json.dumps({kind: found})}", flush=True)
 
 
 if __name__ == "__main__":

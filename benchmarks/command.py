@@ -60,8 +60,7 @@ def bench(request: Request, say: Callable[[str], None]) -> Path:
     folder = request.folder or results.folder()
     name = request.machine or short_name(request.device)
     path = folder / f"{name}--{request.device}.json"
-    if path.exists():
-        results.read(path)  # better refused now than after a quarter of an hour
+    results.prepare(path)  # better refused now than after a quarter of an hour
     say(machine() + "\n")
     found: dict[str, dict[str, Any]] = {}
     seconds: dict[str, float] = {}

@@ -11,14 +11,11 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.apart import Apart
+from benchmarks.errors import BenchmarkError as BenchmarkError
 from benchmarks.interleave import Call, Timing, in_turns
 from benchmarks.machine import FLOPS_OF_GEMM, READ_BYTES, limits
 
 OURS = "stabletx"
-
-
-class BenchmarkError(ValueError):
-    """Something asked for that cannot be measured."""
 
 
 class Settings(NamedTuple):

@@ -19,6 +19,7 @@ import torch
 from benchmarks import weights
 from benchmarks.contest import OURS, Case, Outcome, Row, Settings
 from benchmarks.encoder import HF, TORCH
+from benchmarks.errors import BenchmarkError
 
 EAGER, EXPECTED = "Hugging Face eager", "expected"
 LENGTHS = {
@@ -63,10 +64,14 @@ def _measured_mb(name: str, n: int, device: str) -> tuple[float, float]:
     root = Path(__file__).parent.parent
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     if done.returncode == 3:
-        raise ImportError(name=done.stdout.strip())
+        raise ImportError(name=done.stdout.splitlines()[-1])
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command[1:])} failed: {done.stderr.strip()[-500:]}")
-    added, whole = map(float, done.stdout.split())
+        raise BenchmarkError(f"{' '.join(command[1:])} failed: {done.stderr.strip()[-500:]}")
+    return _figures(done.stdout)
+
+
+def _figures(printed: str) -> tuple[float, float]:
+    added, whole = map(float, printed.splitlines()[-1].split())  # above it, what a peer printed
     return added, whole
 
 
@@ -101,7 +106,8 @@ def _peak_kib(*, restart: bool = False) -> int:
     """Read the most memory so far; on Linux the count can restart from what is held now."""
     status = Path("/proc/self/status")
     if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most // 1024 if sys.platform == "darwin" else most  # there in bytes
     if restart:
         Path("/proc/self/clear_refs").write_text("5")
     return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])
@@ -110,7 +116,8 @@ def _peak_kib(*, restart: bool = False) -> int:
 if __name__ == "__main__":
     torch.set_num_threads(int(sys.argv[4]))
     try:
-        print(*_added_and_whole_mb(sys.argv[1], int(sys.argv[2]), sys.argv[3]))
+        found = _added_and_whole_mb(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+        print("\n", *found)  # on a line of its own: a peer may have left one open
     except ImportError as missing:
-        print(missing.name)
+        print(f"\n{missing.name}")
         sys.exit(3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -56,6 +57,24 @@ def save(
     return path
 
 
+def prepare(path: Path) -> None:
+    """Make the folder of a results file and try to write there.
+
+    Raises:
+        BenchmarkError: if that cannot be, or the file that stands there is not one of ours.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            exists = path.exists()
+    except OSError as error:
+        raise BenchmarkError(
+            f"results must be a folder that can be written to, got results={path.parent}: {error}."
+        ) from error
+    if exists:
+        read(path)
+
+
 def read(path: Path) -> dict[str, Any]:
     """Read a results file.
 
@@ -66,6 +85,7 @@ def read(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BenchmarkError(f"{path} must be a results file, got {error}.") from error
-    if not isinstance(found, dict) or found.get("format") != 1:
+    is_ours = isinstance(found, dict) and found.get("format") == 1
+    if not is_ours or not isinstance(found.get("parts"), dict):
         raise BenchmarkError(f"{path} must be a results file of format 1. Move it away.")
     return found

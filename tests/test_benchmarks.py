@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("matplotlib", reason="needs the bench extra")
 
-from benchmarks import command, imports, page, pictures, results
+from benchmarks import apart, command, imports, memory, page, pictures, results
 from benchmarks.apart import Apart
 from benchmarks.contest import (
     OURS,
@@ -155,8 +155,23 @@ def test_a_contestant_in_another_process_says_its_error_and_takes_turns():
 
 
 def test_a_contestant_that_ends_in_another_process_is_no_result():
-    with pytest.raises(RuntimeError, match="ended before its turn, with 1"):
+    with pytest.raises(BenchmarkError, match=f"{OURS} must take its turns .* ended with 1"):
         Apart("encoder", "no such workload", OURS, "cpu")
+    other = Apart("encoder", "minilm-b1-n32-full-float32", "nn.TransformerEncoder", "cpu")
+    other._process.kill()
+    other._process.wait()
+    with pytest.raises(BenchmarkError, match=r"TransformerEncoder must take .* ended with -9"):
+        other.seconds()
+    other.close()
+
+
+def test_an_answer_is_found_behind_what_a_peer_printed(capfd):
+    print("no end of line", end="")
+    apart._say("turn", {"seconds": 1.0})
+    assert capfd.readouterr().out.splitlines() == ["no end of line", '{"turn": {"seconds": 1.0}}']
+    said = "print('hello'); print('no end of line', end=''); print('\\n', 1.5, 2.5)"
+    done = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=True)
+    assert memory._figures(done.stdout) == (1.5, 2.5)
 
 
 @pytest.mark.parametrize("allowed", [{"": 1.0, "other": 0.0}, {"": 1.0}])
@@ -200,13 +215,25 @@ def test_another_run_of_a_part_keeps_the_others(tmp_path):
     assert set(results.read(path)["parts"]) == {"encoder", "decode"}
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"rows": {}}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"rows": {}}', '{"format": 1}', '{"format": 2}'])
 def test_a_file_that_is_no_results_file_is_not_written_over(tmp_path, text):
     (tmp_path / "mill--cpu.json").write_text(text)
     request = command.Request(["guards"], machine="mill", folder=tmp_path, is_quick=True)
     with pytest.raises(BenchmarkError, match=r"mill--cpu\.json must be a results file"):
         command.bench(request, print)
     assert (tmp_path / "mill--cpu.json").read_text() == text
+
+
+def test_results_that_cannot_be_written_are_refused_before_the_work(tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    request = command.Request(["guards"], machine="mill", folder=tmp_path / "taken", is_quick=True)
+    said = []
+    with pytest.raises(BenchmarkError, match=r"results must be a folder .*taken: "):
+        command.bench(request, said.append)
+    request = request._replace(folder=tmp_path, machine="m" * 300)
+    with pytest.raises(BenchmarkError, match=r"results must be a folder .* too long"):
+        command.bench(request, said.append)
+    assert not said
 
 
 @pytest.mark.parametrize(
