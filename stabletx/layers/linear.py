@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from stabletx import _checks
 from stabletx.functional.activations import gelu
+from stabletx.layers._as_made import is_as_made
 from stabletx.layers._prepacked import Prepacked, Ready
 
 Backend = Literal["auto", "plain", "prepacked"]
@@ -53,9 +54,8 @@ class Linear(nn.Linear):
 
     def forward_gelu(self, x: Tensor) -> Tensor:
         """Transform ``x`` and apply GELU, in one step where that is faster."""
-        # Whoever watches this layer is shown what it returns, before the activation.
-        watched = self._forward_hooks or self._forward_pre_hooks
-        if not watched and not nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
+        # Whoever watches this layer, or has replaced its forward, is asked before the activation.
+        if is_as_made(self, Linear):
             out = self._by_onednn(x, then_gelu=True)
             if out is not None:
                 return out

@@ -373,6 +373,15 @@ def test_hooks_on_the_wide_layer_see_it_before_the_activation():
     assert torch.allclose(watched, layer(x))
 
 
+@torch.no_grad()
+def test_a_forward_put_in_place_of_the_wide_layers_counts():
+    layer, x = FeedForward(8).eval(), rows(40, 8)
+    layer.widen.backend = "prepacked"
+    own = layer.widen.forward
+    layer.widen.forward = lambda x: own(x) + 1
+    assert torch.equal(layer(x), layer.out(gelu(own(x) + 1)))
+
+
 def test_linear_is_one_graph_when_compiled():
     made = torch.compile(linear(), fullgraph=True, backend="aot_eager")
     x = rows(7, 48)
