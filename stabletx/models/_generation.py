@@ -139,6 +139,7 @@ def _pick(
     weights, ids = softmax(below / max(temperature, least)).sort(dim=-1, descending=True)
     if top_p < 1:
         # A token stays while those before it have not reached top_p: the first always does.
+        top_p = max(top_p, torch.finfo(weights.dtype).tiny)
         weights = torch.where(weights.cumsum(-1) - weights < top_p, weights, 0.0)
     drawn = torch.multinomial(weights, 1, generator=generator)
     return ids.gather(-1, drawn)[:, 0]

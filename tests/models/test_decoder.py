@@ -160,6 +160,7 @@ def test_generate_draws_repeatably_and_from_the_best_alone_when_told():
     assert torch.equal(draw(temperature=1.0), draw(temperature=1.0))
     assert not torch.equal(draw(temperature=1.0), draw(1, temperature=1.0))
     assert torch.equal(draw(temperature=1.0, top_p=1e-9), greedy)
+    assert torch.equal(draw(temperature=1.0, top_p=1e-300), greedy)
 
 
 def test_generate_pads_after_an_end_and_stops_when_all_have_ended():
