@@ -304,6 +304,14 @@ def check_lengths(lengths: Tensor, tokens: Tensor) -> None:
         )
 
 
+def check_serves_every_sequence(argument: str, value: Tensor) -> None:
+    """Refuse, beside a packed batch, a tensor with a batch axis of its own."""
+    if value.shape[0] != 1:
+        shape = f"a tensor of shape {tuple(value.shape)}"
+        instead = "Every sequence of a packed batch takes the same."
+        raise ValueError(must(argument, "have a first axis of size 1 beside plan", shape, instead))
+
+
 def check_all_none(values: Mapping[str, object], beside: str, why: str) -> None:
     """Refuse arguments that another one excludes."""
     for name, value in values.items():

@@ -8,7 +8,9 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from stabletx import attention
 from stabletx.functional.packed import packed_attention
+from stabletx.layers import ClassificationHead
 from stabletx.masks import Mask
+from stabletx.models import Encoder, TransformerConfig
 from stabletx.packing import Packed, Plan
 
 
@@ -87,6 +89,18 @@ def test_packed_says_what_it_holds():
 def test_packed_refuses_lengths_that_do_not_divide_up_the_tokens(lengths, error, match):
     with pytest.raises(error, match=match):
         Packed(torch.zeros(3), lengths)
+
+
+@pytest.mark.parametrize("length", [1, 3, -1])
+def test_lengths_that_were_written_to_are_refused(length):
+    tokens, lengths = torch.zeros(4, dtype=torch.int64), torch.tensor([2, 2])
+    encoder = Encoder(TransformerConfig(50, 16, 1, 4))
+    head = ClassificationHead(16, 3)
+    ids, vectors = Packed(tokens, lengths), Packed(torch.zeros(4, 16), lengths)
+    lengths[1] = length
+    for layer, packed in ((encoder, ids), (head, vectors)):
+        with pytest.raises(ValueError, match="lengths must"):
+            layer(packed)
 
 
 def heads(n_tokens, dtype=torch.float64, h=4, g=2, d=4):
@@ -206,6 +220,13 @@ def test_packed_attention_refuses_other_tokens_than_the_plan_has():
     plan = Plan.of_lengths(torch.tensor([2]))
     with pytest.raises(ValueError, match=r"number of tokens"):
         packed_attention(*heads(3), plan)
+
+
+def test_packed_attention_refuses_a_bias_for_each_sequence():
+    plan = Plan.of_lengths(torch.tensor([3, 3, 2, 2]))  # runs of two: a bias for two would fit
+    for n in (2, 4):
+        with pytest.raises(ValueError, match=rf"bias must have a first axis of size 1 .*\({n}, 4,"):
+            packed_attention(*heads(10), plan, bias=torch.zeros(n, 4, 3, 3))
 
 
 def test_packed_attention_of_no_token_is_empty():

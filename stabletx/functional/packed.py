@@ -53,7 +53,8 @@ def packed_attention(
         The output in the dtype of q, token by token.
 
     Raises:
-        ValueError: as :func:`stabletx.attention`, or if q does not hold the plan's tokens.
+        ValueError: as :func:`stabletx.attention`, or if q does not hold the plan's tokens, or a
+            bias has a batch axis.
 
     Numerics: as :func:`stabletx.attention`. On CUDA 16-bit inputs go through torch's varlen
         kernel, and nothing waits for the device. With a mask or a bias each run of equal lengths is
@@ -67,6 +68,9 @@ def packed_attention(
     for name, x, axes in (("q", q, "n h d"), ("k", k, "n g d"), ("v", v, "n g e")):
         _checks.check_axes(name, x, axes, "Split the heads first.")
         _checks.check_same("number of tokens", name, x.shape[0], "plan", plan.n_tokens)
+    if bias is not None:
+        _checks.check_axes("bias", bias, "1 h n n", "Add axes of size 1.")
+        _checks.check_serves_every_sequence("bias", bias)
     _checks.check_probability("dropout_p", dropout_p)
     _checks.check_training_given(dropout_p, training)
     dropped = dropout_p if training else 0.0

@@ -136,6 +136,7 @@ class ClassificationHead(nn.Module):
         """
         if isinstance(x, Packed):
             _checks.check_all_none({"keep": keep}, "x packed", "Its lengths say it.")
+            _checks.check_lengths(x.lengths, x.tokens)  # may have been written to
             plan = Plan.of_lengths(x.lengths, x.tokens.device)
             return self.of_plan(plan.pack(x.tokens), plan)
         _checks.check_axes("x", x, "b t m")

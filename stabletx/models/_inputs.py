@@ -82,6 +82,7 @@ def _read(input_ids: Tensor | Packed, attention_mask: Tensor | None, *, may_pack
         _checks.check_all_none({"attention_mask": attention_mask}, "packed ids", "Lengths say it.")
         _checks.check_integers("input_ids.tokens", input_ids.tokens)
         _checks.check_axes("input_ids.tokens", input_ids.tokens, "n_tokens")
+        _checks.check_lengths(input_ids.lengths, input_ids.tokens)  # may have been written to
         plan = Plan.of_lengths(input_ids.lengths, input_ids.tokens.device)
         return Inputs(plan.pack(as_index(input_ids.tokens)), plan.positions, None, plan)
     _checks.check_integers("input_ids", input_ids)
