@@ -283,6 +283,13 @@ def check_first_derivative(higher: bool) -> None:
         )
 
 
+def check_no_huge_dropout(dropout_p: float) -> None:
+    """Refuse dropout in the one arithmetic that has none."""
+    if dropout_p > 0:
+        rule = "be 0 where float64 inputs exceed 2**250"
+        raise ValueError(must("dropout_p", rule, dropout_p, "Scale the inputs down."))
+
+
 def check_lengths(lengths: Tensor, tokens: Tensor) -> None:
     """Refuse lengths that do not divide up the tokens; they live on the CPU and are read."""
     if lengths.device.type != "cpu":

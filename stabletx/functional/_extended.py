@@ -69,9 +69,7 @@ def extended(problem: Problem, allowed: Tensor | None) -> tuple[Tensor, ...]:
     """
     bias = None if problem.bias is None else problem.bias.double()
     sinks = None if problem.sinks is None else problem.sinks.double()
-    _checks.check_method_can(
-        "float64 near its largest value", "dropout" if problem.dropout_p else ""
-    )
+    _checks.check_no_huge_dropout(problem.dropout_p)
     return _Extended.apply(  # type: ignore[no-any-return, no-untyped-call]
         problem.q, problem.k, problem.v, bias, sinks, problem, allowed
     )
