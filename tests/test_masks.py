@@ -417,9 +417,19 @@ REFUSED = [
         "right must be None or an int, got right=0.5.",
     ),
     (
+        lambda: Mask.window(1, 0, 1.5),
+        TypeError,
+        "offset must be None, an int or an integer tensor (b,), got offset=1.5.",
+    ),
+    (
         lambda: Mask.segments(keep),
         TypeError,
         "query_ids must hold integers, got query_ids=torch.bool.",
+    ),
+    (
+        lambda: Mask.segments(keep.long(), keep),
+        TypeError,
+        "key_ids must hold integers, got key_ids=torch.bool.",
     ),
     (
         lambda: Mask.segments(keep.long()[0]),

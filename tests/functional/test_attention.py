@@ -1,12 +1,15 @@
 """Derivatives of every order, every option together, every refusal, and the choice of a method."""
 
 import math
+import re
 
 import pytest
 import torch
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 from stabletx import Mask
+from stabletx.functional._problem import checked_problem
+from stabletx.functional.attention import _choose
 from stabletx.testing import attention_error_bound, reference_attention
 from tests.ways import METHODS, attention, attention_details
 
@@ -24,6 +27,7 @@ def inputs(t=5, s=5, d=3, e=3, h=2, g=1, dtype=torch.float64):
     return q, k, v, draw(1, h, t, s), draw(h)
 
 
+Q, K, V, B, S = (x.detach() for x in inputs(dtype=torch.float32))
 MASKS = {
     "none": None,
     "causal": Mask.causal(0),
@@ -196,11 +200,52 @@ def test_dropout_keeps_the_mean_and_drops_the_share():
         assert not torch.equal(kept, again)
 
 
-def test_auto_says_what_it_took_and_why():
-    q, k, v, _, _ = inputs()
-    assert attention_details(q, k, v).method == "tiled"
-    assert attention_details(q, k, v, weights=True).reason == "weights asked for"
-    assert attention_details(q, k, v, method="exact").reason == "asked for"
+NEEDS_TILES = {"softcap": 1.0}
+CHOICES = [
+    ("auto", {}, "fused", "nothing stands against torch's kernels"),
+    ("auto", NEEDS_TILES, "tiled", "torch's kernels cannot take it: a soft-cap"),
+    (
+        "auto",
+        {"stats": True},
+        "tiled",
+        "details need every row's scores, which the kernel keeps",
+    ),
+    ("auto", {"stats": True, "weights": True}, "exact", "weights asked for"),
+    ("exact", {"stats": True, "weights": True}, "exact", "asked for"),
+    ("exact", {}, "exact", "asked for"),
+    ("tiled", {}, "tiled", "asked for"),
+    ("tiled", {"stats": True}, "tiled", "asked for"),
+    ("fused", {}, "fused", "asked for"),
+]
+
+
+@pytest.mark.parametrize(("method", "options", "name", "why"), CHOICES)
+def test_a_choice_says_what_it_took_and_why(method, options, name, why):
+    problem = checked_problem(
+        Q, K, V, None, None, None, options.get("softcap"), None, 0.0, None
+    )  # fmt: skip
+    wanted = {"stats": False, "weights": False} | {
+        key: value for key, value in options.items() if key != "softcap"
+    }
+    assert _choose(problem, method, **wanted)[1:] == (name, why)
+
+
+def test_details_say_what_ran_and_why():
+    found = attention_details(Q, K, V, weights=True)
+    assert (found.method, found.reason) == ("exact", "weights asked for")
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(Q, torch.ones_like(Q))
+        found = attention_details(dual, K, V)
+    assert (found.method, found.reason) == ("exact", "forward-mode derivatives")
+    reasons = []
+
+    def run(q):
+        found = attention_details(q, K, V)
+        reasons.append((found.method, found.reason))
+        return found.out
+
+    torch.func.vmap(run)(Q[None])
+    assert reasons == [("exact", "a torch.func transform is active")]
 
 
 @pytest.mark.parametrize(
@@ -209,92 +254,255 @@ def test_auto_says_what_it_took_and_why():
         ({"softcap": 1.0}, "a soft-cap"),
         ({"sinks": torch.zeros(2)}, "sinks"),
         ({"bias": torch.zeros(1, 1, 1, 1, requires_grad=True)}, "a bias that wants a gradient"),
+        ({"v": V[..., :1]}, "values of another width than the queries"),
+        ({"q": Q[:, :, :0]}, "an axis of size 0"),
+        ({"k": K[:, :, :0], "v": V[:, :, :0]}, "an axis of size 0"),
     ],
 )
 def test_fused_says_what_it_cannot_express(options, why):
-    q, k, v, _, _ = inputs(dtype=torch.float32)
-    with pytest.raises(ValueError, match=f"got method='fused' with {why}"):
-        attention(q, k, v, method="fused", **options)
+    tensors = {"q": Q, "k": K, "v": V} | options
+    with pytest.raises(ValueError, match=f"got method='fused' with {why}\\."):
+        attention(tensors.pop("q"), tensors.pop("k"), tensors.pop("v"), method="fused", **tensors)
 
 
 def test_fused_drops_weights_of_short_rows_alone():
     q = torch.zeros(1, 1, 257, 1)
     options = {"dropout_p": 0.5, "training": True, "method": "fused"}
     assert attention(q[:, :, :1], q, q + 1, **options).shape == (1, 1, 1, 1)
-    with pytest.raises(ValueError, match="with dropout on the weights of long rows"):
+    with pytest.raises(ValueError, match=r"with dropout on the weights of long rows\."):
         attention(q, q, q, **options)
 
 
 def test_methods_say_what_they_cannot_express():
     q, k, v, _, _ = inputs()
-    with pytest.raises(ValueError, match="values of another width"):
-        attention(q, k, v[..., :1], method="fused")
-    with pytest.raises(ValueError, match="an axis of size 0"):
-        attention(q[:, :, :0], k, v, method="fused")
-    with pytest.raises(ValueError, match="method='fused' with details asked for"):
+    with pytest.raises(ValueError, match=r"method='fused' with details asked for\."):
         attention_details(q, k, v, method="fused")
-    with pytest.raises(ValueError, match="method='tiled' with weights asked for"):
+    with pytest.raises(ValueError, match=r"method='tiled' with weights asked for\."):
         attention_details(q, k, v, method="tiled", weights=True)
     with pytest.raises(ValueError, match=r"method='tiled' with a .*func transform"):
         torch.func.vmap(lambda q: attention(q, k, v, method="tiled"))(q[None])
 
 
-Q, K, V, B, S = (x.detach() for x in inputs(dtype=torch.float32))
 KEEP = torch.ones(2, 5, dtype=torch.bool)
 REFUSED = [
-    ({"q": [1.0]}, TypeError, "q must be a torch.Tensor, got q=list"),
-    ({"q": Q.long()}, TypeError, "q must have a floating-point dtype, got q=torch.int64"),
-    ({"q": Q[0]}, ValueError, r"q must have 4 axes \(b, h, t, d\), got .*\(2, 5, 3\)"),
-    ({"k": K[0]}, ValueError, r"k must have 4 axes \(b, g, s, d\)"),
-    ({"v": V[0]}, ValueError, r"v must have 4 axes \(b, g, s, e\)"),
-    ({"k": K.double()}, TypeError, "k must have the dtype of q, got k with torch.float64"),
-    ({"v": V.half()}, TypeError, "v must have the dtype of q"),
+    (
+        {"q": [1.0]},
+        TypeError,
+        "q must be a torch.Tensor, got q=list. Use torch.as_tensor.",
+    ),
+    (
+        {"q": Q.long()},
+        TypeError,
+        "q must have a floating-point dtype, got q=torch.int64.",
+    ),
+    (
+        {"q": Q[0]},
+        ValueError,
+        "q must have 4 axes (b, h, t, d), got q=a tensor of shape (2, 5, 3). Split the "
+        "heads first.",
+    ),
+    (
+        {"k": K[0]},
+        ValueError,
+        "k must have 4 axes (b, g, s, d), got k=a tensor of shape (1, 5, 3). Split the "
+        "heads first.",
+    ),
+    (
+        {"v": V[0]},
+        ValueError,
+        "v must have 4 axes (b, g, s, e), got v=a tensor of shape (1, 5, 3). Split the "
+        "heads first.",
+    ),
+    (
+        {"k": K.double()},
+        TypeError,
+        "k must have the dtype of q, got k with torch.float64 and q with torch.float32.",
+    ),
+    (
+        {"v": V.half()},
+        TypeError,
+        "v must have the dtype of q, got v with torch.float16 and q with torch.float32.",
+    ),
     (
         {"q": Q.to(torch.float8_e4m3fn)},
         TypeError,
-        "q must be float64, float32, bfloat16 or float16",
+        "q must be float64, float32, bfloat16 or float16, got q=torch.float8_e4m3fn. "
+        "Convert it: an 8-bit float cannot hold attention.",
     ),
-    ({"k": K.to("meta")}, ValueError, "k must have the device of q, got k with meta"),
-    ({"k": K[:1]}, ValueError, "k must have the batch size of q, got k with 1 and q with 2"),
-    ({"v": V[:, :, :3]}, ValueError, "v must have the number of keys of k, got v with 3"),
-    ({"v": torch.cat([V, V], 1)}, ValueError, "v must have the number of heads of k"),
-    ({"k": K[..., :2]}, ValueError, "k must have the head dim of q, got k with 2 and q with 3"),
+    (
+        {"k": K.to("meta")},
+        ValueError,
+        "k must have the device of q, got k with meta and q with cpu.",
+    ),
+    (
+        {"k": K[:1]},
+        ValueError,
+        "k must have the batch size of q, got k with 1 and q with 2.",
+    ),
+    (
+        {"v": V[:, :, :3]},
+        ValueError,
+        "v must have the number of keys of k, got v with 3 and k with 5.",
+    ),
+    (
+        {"v": torch.cat([V, V], 1)},
+        ValueError,
+        "v must have the number of heads of k, got v with 2 and k with 1.",
+    ),
+    (
+        {"k": K[..., :2]},
+        ValueError,
+        "k must have the head dim of q, got k with 2 and q with 3.",
+    ),
     (
         {"k": K.expand(2, 3, 5, 3), "v": V.expand(2, 3, 5, 3)},
         ValueError,
-        r"k.shape\[1\] must divide q.shape\[1\], got k.shape\[1\]=3 and q.shape\[1\]=2",
+        "k.shape[1] must divide q.shape[1], got k.shape[1]=3 and q.shape[1]=2.",
     ),
-    ({"mask": KEEP}, ValueError, r"mask must have 4 axes .*Mask.padding\(keep\) for \(b, s\)"),
-    ({"mask": torch.ones(5, 5).bool()}, ValueError, r"mask\[None, None\] for \(t, s\)"),
-    ({"mask": torch.zeros(1, 1, 5, 5)}, TypeError, "mask must be boolean .*pass it as bias="),
-    ({"mask": torch.zeros(1, 1, 5, 5).byte()}, TypeError, r"torch.uint8.*mask.bool\(\)"),
-    ({"mask": "causal"}, TypeError, "mask must be a Mask, got mask=str"),
-    ({"mask": torch.ones(2, 1, 5, 4).bool()}, ValueError, "allowed must cover the 5 keys"),
-    ({"mask": torch.ones(3, 1, 5, 5).bool()}, ValueError, "mask must have batch size 1 or 2"),
-    ({"mask": torch.ones(2, 3, 5, 5).bool()}, ValueError, "mask must have heads 1 or 2"),
-    ({"mask": Mask.padding(KEEP.to("meta"))}, ValueError, "mask must be on cpu, got .*meta"),
-    ({"bias": B[0]}, ValueError, "bias must have 4 axes"),
+    (
+        {"mask": KEEP},
+        ValueError,
+        "mask must have 4 axes (b, h, t, s), got mask=a tensor of shape (2, 5). (b, s) "
+        "and (t, s) look alike: use Mask.padding(keep) for (b, s), mask[None, None] for "
+        "(t, s).",
+    ),
+    (
+        {"mask": torch.ones(5, 5).bool()},
+        ValueError,
+        "mask must have 4 axes (b, h, t, s), got mask=a tensor of shape (5, 5). (b, s) "
+        "and (t, s) look alike: use Mask.padding(keep) for (b, s), mask[None, None] for "
+        "(t, s).",
+    ),
+    (
+        {"mask": torch.zeros(1, 1, 5, 5)},
+        TypeError,
+        "mask must be boolean (True = may attend), got mask=torch.float32. A float mask "
+        "is a bias: pass it as bias=, where -inf blocks.",
+    ),
+    (
+        {"mask": torch.zeros(1, 1, 5, 5).byte()},
+        TypeError,
+        "mask must be boolean (True = may attend), got mask=torch.uint8. Where a non-zero"
+        " entry means True, pass mask.bool().",
+    ),
+    (
+        {"mask": "causal"},
+        TypeError,
+        "mask must be a Mask, got mask=str. Pass a stabletx.Mask or a boolean tensor of 4 axes.",
+    ),
+    (
+        {"mask": torch.ones(2, 1, 5, 4).bool()},
+        ValueError,
+        "allowed must cover the 5 keys, got allowed=a mask over 4.",
+    ),
+    (
+        {"mask": torch.ones(3, 1, 5, 5).bool()},
+        ValueError,
+        "mask must have batch size 1 or 2, got mask=a mask with batch size 3.",
+    ),
+    (
+        {"mask": torch.ones(2, 3, 5, 5).bool()},
+        ValueError,
+        "mask must have heads 1 or 2, got mask=a mask with heads 3.",
+    ),
+    (
+        {"mask": Mask.padding(KEEP.to("meta"))},
+        ValueError,
+        "mask must be on cpu, got mask=a mask on meta.",
+    ),
+    (
+        {"bias": B[0]},
+        ValueError,
+        "bias must have 4 axes (b, h, t, s), got bias=a tensor of shape (2, 5, 5). Add "
+        "axes of size 1.",
+    ),
     (
         {"bias": KEEP[None, None]},
         TypeError,
-        "bias must have a floating.*A boolean belongs in mask=",
+        "bias must have a floating-point dtype, got bias=torch.bool. A boolean belongs in mask=.",
     ),
-    ({"bias": B[..., :2]}, ValueError, r"bias must have each axis full or 1 .*\(2, 2, 5, 5\)"),
-    ({"bias": B.to("meta")}, ValueError, "bias must have the device of q"),
-    ({"sinks": torch.zeros(3)}, ValueError, r"sinks must have shape \(2,\), got .*\(3,\)"),
-    ({"sinks": torch.zeros(2).long()}, TypeError, "sinks must have a floating-point dtype"),
-    ({"scale": math.nan}, ValueError, "scale must be finite, got scale=nan"),
-    ({"scale": math.inf}, ValueError, "scale must be finite, got scale=inf"),
-    ({"scale": "1"}, TypeError, "scale must be a number, got scale='1'"),
-    ({"softcap": 0.0}, ValueError, "softcap must be positive, got softcap=0.0"),
-    ({"softcap": math.inf}, ValueError, "softcap must be finite"),
-    ({"dropout_p": 1.0, "training": True}, ValueError, r"dropout_p must be in \[0, 1\), got .*1.0"),
-    ({"dropout_p": -0.1, "training": True}, ValueError, r"dropout_p must be in \[0, 1\)"),
-    ({"dropout_p": math.nan, "training": True}, ValueError, "got dropout_p=nan"),
-    ({"dropout_p": "0", "training": True}, TypeError, "dropout_p must be a number"),
-    ({"dropout_p": 0.1}, ValueError, "training must be True or False where dropout_p > 0"),
-    ({"training": 1}, TypeError, "training must be None, True or False, got training=1"),
-    ({"method": "flash"}, ValueError, "method must be one of 'auto', 'fused', 'tiled', 'exact'"),
+    (
+        {"bias": B[..., :2]},
+        ValueError,
+        "bias must have each axis full or 1 for the scores' shape (2, 2, 5, 5), got "
+        "bias=a tensor of shape (1, 2, 5, 2).",
+    ),
+    (
+        {"bias": B.to("meta")},
+        ValueError,
+        "bias must have the device of q, got bias with meta and q with cpu.",
+    ),
+    (
+        {"sinks": torch.zeros(3)},
+        ValueError,
+        "sinks must have shape (2,), got sinks=a tensor of shape (3,).",
+    ),
+    (
+        {"sinks": torch.zeros(2).long()},
+        TypeError,
+        "sinks must have a floating-point dtype, got sinks=torch.int64.",
+    ),
+    (
+        {"scale": math.nan},
+        ValueError,
+        "scale must be finite, got scale=nan.",
+    ),
+    (
+        {"scale": math.inf},
+        ValueError,
+        "scale must be finite, got scale=inf.",
+    ),
+    (
+        {"scale": "1"},
+        TypeError,
+        "scale must be a number, got scale='1'.",
+    ),
+    (
+        {"softcap": 0.0},
+        ValueError,
+        "softcap must be positive, got softcap=0.0. Pass None for no soft-cap.",
+    ),
+    (
+        {"softcap": math.inf},
+        ValueError,
+        "softcap must be finite, got softcap=inf.",
+    ),
+    (
+        {"dropout_p": 1.0, "training": True},
+        ValueError,
+        "dropout_p must be in [0, 1), got dropout_p=1.0.",
+    ),
+    (
+        {"dropout_p": -0.1, "training": True},
+        ValueError,
+        "dropout_p must be in [0, 1), got dropout_p=-0.1.",
+    ),
+    (
+        {"dropout_p": math.nan, "training": True},
+        ValueError,
+        "dropout_p must be in [0, 1), got dropout_p=nan.",
+    ),
+    (
+        {"dropout_p": "0", "training": True},
+        TypeError,
+        "dropout_p must be a number, got dropout_p='0'.",
+    ),
+    (
+        {"dropout_p": 0.1},
+        ValueError,
+        "training must be True or False where dropout_p > 0, got training=None. Pass "
+        "training=self.training.",
+    ),
+    (
+        {"training": 1},
+        TypeError,
+        "training must be None, True or False, got training=1.",
+    ),
+    (
+        {"method": "flash"},
+        ValueError,
+        "method must be one of 'auto', 'fused', 'tiled', 'exact', got method='flash'.",
+    ),
 ]
 
 
@@ -302,5 +510,5 @@ REFUSED = [
 @pytest.mark.parametrize("function", [attention, attention_details])
 def test_attention_refuses_bad_arguments_and_says_why(function, options, error, text):
     arguments = {"q": Q, "k": K, "v": V, **options}
-    with pytest.raises(error, match=text):
+    with pytest.raises(error, match=f"^{re.escape(text)}$"):
         function(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)

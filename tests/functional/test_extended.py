@@ -1,11 +1,15 @@
 """Float64 attention near the largest float is the same attention, whatever the magnitudes."""
 
+import re
+
 import pytest
 import torch
 
+from stabletx import Mask
 from stabletx.functional._extended import ROOM, Scaled, extended, times_power
 from stabletx.functional._problem import checked_problem
 from stabletx.testing.cases import AttentionCase
+from tests.ways import METHODS, attention
 
 LARGEST = torch.finfo(torch.float64).max
 OPTIONS = [
@@ -16,6 +20,7 @@ OPTIONS = [
     {"bias": "blocking", "scale": 1.0},
     {"bias": "alibi", "sinks": True, "scale": 0.05},
     {"shape": (1, 2, 1, 3, 0, 4, 3)},
+    {"shape": (1, 2, 1, 3, 0, 4, 3), "sinks": True},
     {"shape": (1, 2, 1, 0, 3, 4, 3)},
     {"shape": (1, 6, 3, 7, 1, 8, 8), "sinks": True},
 ]
@@ -62,6 +67,44 @@ def test_extended_lse_has_the_weights_as_its_gradient():
     assert torch.allclose(grad, case.reference().weights.sum_to_size(bias.shape))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_the_largest_score_of_another_row_costs_a_row_nothing(method):
+    # The second query sees a score of 2**2000, beside which those of the first would be nothing.
+    q = torch.full((1, 1, 2, 1), 2.0**1000, dtype=torch.float64)
+    k = torch.tensor([2.0**-1000, 2.0**-999, 2.0**1000], dtype=torch.float64)[None, None, :, None]
+    v = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)[None, None, :, None]
+    mask = Mask.dense(torch.tensor([[True, True, False], [True, True, True]])[None, None])
+    found = run(q, k, v, mask, method)
+    alone = run(q[:, :, :1], k[:, :, :2], v[:, :, :2], None, method)
+    assert torch.equal(found[0][:, :, :1], alone[0])
+    assert torch.equal(found[1][:, :, :1], alone[1])
+    assert found[0][0, 0, 1] == 3.0
+
+
+def run(q, k, v, mask, method):
+    """Attend; give the output and the gradient of q."""
+    q = q.clone().requires_grad_()
+    out = attention(q, k, v, mask=mask, method=method, scale=1.0)
+    return out.detach(), torch.autograd.grad(out.sum(), q)[0]
+
+
+@pytest.mark.parametrize("method", ["auto", "exact"])
+def test_what_has_no_meaning_near_the_largest_float_is_refused(method):
+    q = torch.full((1, 1, 1, 1), ROOM * 2, dtype=torch.float64, requires_grad=True)
+    text = (
+        "dropout_p must be 0 where float64 inputs exceed 2**250, got dropout_p=0.5. "
+        "Scale the inputs down."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+        attention(q, q, q, dropout_p=0.5, training=True, method=method)
+    text = (
+        "create_graph must be False where float64 inputs exceed 2**250, got create_graph=True. "
+        "Scale the inputs down."
+    )
+    with pytest.raises(RuntimeError, match=f"^{re.escape(text)}$"):
+        torch.autograd.grad(attention(q, q, q, method=method), q, create_graph=True)
+
+
 def test_times_power_reaches_every_float_without_leaving_the_range():
     tiny = torch.tensor([2.0**-1074, 1.5, -LARGEST, 0.0], dtype=torch.float64)
     power = torch.tensor([2097, -1074, -2097, 5000])
@@ -79,7 +122,7 @@ def test_rows_beyond_the_room_are_brought_near_one_and_others_left_alone():
     assert torch.equal(scaled.x[[0, 2]], x[[0, 2]])
     assert scaled.x[1].abs().max() == LARGEST / 2.0**1000 / 2.0**24
     assert torch.equal(scaled.value(), x)
-    assert Scaled.rows(x[:, :0]).power.tolist() == [[0], [0], [0]]
+    assert Scaled.rows(x[None, :, :0]).power.tolist() == [[[0], [0], [0]]]
 
 
 def test_levelled_lines_share_one_power_and_keep_their_numbers():

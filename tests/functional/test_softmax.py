@@ -299,9 +299,11 @@ def test_autocast_changes_no_bit(name, dtype):
 
 
 @each_function
-def test_an_axis_of_no_scores_is_an_empty_row(name):
-    x = torch.zeros(2, 0, requires_grad=True)
+@each_dtype
+def test_an_axis_of_no_scores_is_an_empty_row(name, dtype):
+    x = torch.zeros(2, 0, dtype=dtype, requires_grad=True)
     out = FUNCTIONS[name](x)
+    assert out.dtype == dtype
     assert out.shape == ((2,) if name == "logsumexp" else (2, 0))
     assert (out == BLOCKED[name]).all()
     assert torch.autograd.grad(out.sum(), x)[0].shape == (2, 0)
