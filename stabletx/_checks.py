@@ -283,6 +283,13 @@ def check_first_derivative(higher: bool) -> None:
         )
 
 
+def check_no_huge_weights(have_gradient: bool) -> None:
+    """Refuse the gradient of weights in the one arithmetic that has none."""
+    if have_gradient:
+        rule = "be left out of the loss where float64 inputs exceed 2**250"
+        raise RuntimeError(must("weights", rule, "a gradient", "Scale the inputs down."))
+
+
 def check_no_huge_dropout(dropout_p: float) -> None:
     """Refuse dropout in the one arithmetic that has none."""
     if dropout_p > 0:

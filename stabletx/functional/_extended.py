@@ -173,20 +173,22 @@ class _Extended(torch.autograd.Function):
         out = (found.weights @ (values * 0.25)).clamp(-ceiling, ceiling) * 4.0
         ctx.save_for_backward(q, k, v, bias, sinks, allowed)
         ctx.problem = problem
-        ctx.mark_non_differentiable(found.top, found.entropy, found.weights)
+        ctx.mark_non_differentiable(found.top, found.entropy)
         return out, found.lse, found.top, found.entropy, found.weights
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         _checks.check_first_derivative(torch.is_grad_enabled())
+        _checks.check_no_huge_weights(bool(grads[4].any()))
         q, k, v, bias, sinks, allowed = ctx.saved_tensors
         problem: Problem = ctx.problem
         h, g = q.shape[1], k.shape[1]
         q, k, v = (Scaled.rows(repeat_heads(x, h)) for x in (q, k, v))
         found = _softmax(q, k, bias, sinks, problem, allowed)
         grad = Scaled.rows(grads[0])
-        pushed = Scaled(grad.x @ v.x.transpose(-1, -2), grad.power + v.power.transpose(-1, -2))
-        pushed = pushed.levelled(-1)
+        # What weighs nothing is left out: a row is levelled by what it sees.
+        push = torch.where(found.weights == 0, 0.0, grad.x @ v.x.transpose(-1, -2))
+        pushed = Scaled(push, grad.power + v.power.transpose(-1, -2)).levelled(-1)
         mean = (found.weights * pushed.x).sum(-1, keepdim=True)
         mean = mean - times_power(grads[1][..., None], -pushed.power)
         grad_scores = Scaled(found.weights * (pushed.x - mean), pushed.power)

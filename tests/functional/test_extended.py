@@ -9,7 +9,8 @@ from stabletx import Mask
 from stabletx.functional._extended import ROOM, Scaled, extended, times_power
 from stabletx.functional._problem import checked_problem
 from stabletx.testing.cases import AttentionCase
-from tests.ways import METHODS, attention
+from stabletx.testing.tolerances import gamma, unit_roundoff
+from tests.ways import METHODS, attention, attention_details
 
 LARGEST = torch.finfo(torch.float64).max
 OPTIONS = [
@@ -68,24 +69,38 @@ def test_extended_lse_has_the_weights_as_its_gradient():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_largest_score_of_another_row_costs_a_row_nothing(method):
-    # The second query sees a score of 2**2000, beside which those of the first would be nothing.
-    q = torch.full((1, 1, 2, 1), 2.0**1000, dtype=torch.float64)
-    k = torch.tensor([2.0**-1000, 2.0**-999, 2.0**1000], dtype=torch.float64)[None, None, :, None]
-    v = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)[None, None, :, None]
+def test_the_largest_numbers_of_another_row_cost_a_row_nothing(method):
+    # Beside what the second query meets, 2**2000 both ways, the numbers of the first are nothing.
+    large = 2.0**1000
+    q = torch.full((1, 1, 2, 1), large, dtype=torch.float64)
+    k, v, grad_out = (
+        torch.tensor(x, dtype=torch.float64)[None, None, :, None]
+        for x in ([1 / large, 2 / large, large], [1.0, 2.0, large], [1.0, large])
+    )
     mask = Mask.dense(torch.tensor([[True, True, False], [True, True, True]])[None, None])
-    found = run(q, k, v, mask, method)
-    alone = run(q[:, :, :1], k[:, :, :2], v[:, :, :2], None, method)
+    found = run(q, k, v, mask, grad_out, method)
+    alone = run(q[:, :, :1], k[:, :, :2], v[:, :, :2], None, grad_out[:, :, :1], method)
     assert torch.equal(found[0][:, :, :1], alone[0])
     assert torch.equal(found[1][:, :, :1], alone[1])
-    assert found[0][0, 0, 1] == 3.0
+    assert found[0][0, 0, 1] == large
 
 
-def run(q, k, v, mask, method):
+def run(q, k, v, mask, grad_out, method):
     """Attend; give the output and the gradient of q."""
     q = q.clone().requires_grad_()
     out = attention(q, k, v, mask=mask, method=method, scale=1.0)
-    return out.detach(), torch.autograd.grad(out.sum(), q)[0]
+    return out.detach(), torch.autograd.grad(out, q, grad_out)[0]
+
+
+@pytest.mark.parametrize("n_keys", range(1, 30))
+def test_the_mean_of_the_largest_float_is_the_largest_float(n_keys):
+    q = k = torch.zeros(1, 1, n_keys, 1, dtype=torch.float64)
+    v = torch.full((1, 1, n_keys, 2), LARGEST, dtype=torch.float64)
+    v[..., 1] *= -1
+    out = attention(q, k, v, method="exact")
+    assert out.isfinite().all()
+    assert torch.equal(out[..., 0], -out[..., 1])
+    assert (out[..., 0] >= LARGEST * (1 - gamma(n_keys, unit_roundoff(torch.float64)))).all()
 
 
 @pytest.mark.parametrize("method", ["auto", "exact"])
@@ -103,6 +118,36 @@ def test_what_has_no_meaning_near_the_largest_float_is_refused(method):
     )
     with pytest.raises(RuntimeError, match=f"^{re.escape(text)}$"):
         torch.autograd.grad(attention(q, q, q, method=method), q, create_graph=True)
+
+
+def test_weights_near_the_largest_float_refuse_a_gradient_that_nobody_computes():
+    q = torch.ones(1, 1, 2, 1, dtype=torch.float64, requires_grad=True)
+    v = torch.tensor([1.0, ROOM * 2], dtype=torch.float64)[None, None, :, None]
+    found = attention_details(q, q, v, mask=Mask.causal(), weights=True)
+    assert found.out.requires_grad
+    torch.autograd.grad(found.out.sum(), q, retain_graph=True)
+    text = (
+        "weights must be left out of the loss where float64 inputs exceed 2**250, got "
+        "weights=a gradient. Scale the inputs down."
+    )
+    with pytest.raises(RuntimeError, match=f"^{re.escape(text)}$"):
+        torch.autograd.grad(found.weights[..., 0].sum(), q)
+
+
+def test_gradients_of_output_and_lse_add_up_where_both_are_huge():
+    case = AttentionCase.build(shape=(2, 4, 2, 5, 6, 4, 3), dtype=torch.float64, bias="gaussian")
+    bias, large = case.bias.clone().requires_grad_(), 2.0**600
+    problem = checked_problem(
+        case.q, case.k, case.v * large, None, bias, None, None, None, 0.0, None
+    )  # fmt: skip
+    parts = extended(problem, None)[:2]
+    upstream = (case.grad_out, torch.full_like(parts[1], large))
+    apart = [
+        torch.autograd.grad(part, bias, up, retain_graph=True)[0]
+        for part, up in zip(parts, upstream, strict=True)
+    ]
+    (together,) = torch.autograd.grad(parts, bias, upstream)
+    assert torch.allclose(together, sum(apart))
 
 
 def test_times_power_reaches_every_float_without_leaving_the_range():
