@@ -70,19 +70,24 @@ def test_extended_lse_has_the_weights_as_its_gradient():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_largest_numbers_of_another_row_cost_a_row_nothing(method):
-    # Beside what the second query meets, 2**2000 both ways, the numbers of the first are nothing.
+    # Beside what the other queries meet, 2**2000 both ways, the numbers of the first are nothing.
     large = 2.0**1000
-    q = torch.full((1, 1, 2, 1), large, dtype=torch.float64)
-    k, v, grad_out = (
+    q, k, v, grad_out = (
         torch.tensor(x, dtype=torch.float64)[None, None, :, None]
-        for x in ([1 / large, 2 / large, large], [1.0, 2.0, large], [1.0, large])
+        for x in (
+            [large, 1 / large, large],
+            [1 / large, 2 / large, large, 2 * large],
+            [1.0, 2.0, 1.0, large],
+            [1.0, 1.0, large],
+        )
     )
-    mask = Mask.dense(torch.tensor([[True, True, False], [True, True, True]])[None, None])
+    allowed = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1], [1, 1, 1, 1]]).bool()
+    mask = Mask.dense(allowed[None, None])
     found = run(q, k, v, mask, grad_out, method)
     alone = run(q[:, :, :1], k[:, :, :2], v[:, :, :2], None, grad_out[:, :, :1], method)
     assert torch.equal(found[0][:, :, :1], alone[0])
     assert torch.equal(found[1][:, :, :1], alone[1])
-    assert found[0][0, 0, 1] == large
+    assert found[0][0, 0, 2] == large
 
 
 def run(q, k, v, mask, grad_out, method):
