@@ -55,6 +55,8 @@ def test_extended_attention_is_inside_the_bound_at_every_magnitude(family, optio
     for actual, expected in ((lse, exact.lse), (top, exact.max_score), (entropy, exact.entropy)):
         assert torch.allclose(actual.detach(), expected, equal_nan=True)
     assert torch.allclose(weights, exact.weights)
+    assert not top.requires_grad
+    assert not entropy.requires_grad
 
 
 def test_extended_lse_has_the_weights_as_its_gradient():

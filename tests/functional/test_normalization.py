@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stabletx.functional import layer_norm, rms_norm
+from stabletx.functional.normalization import _are_easy, are_ordinary
 from stabletx.testing.assertions import assert_within
 from stabletx.testing.tolerances import (
     condition_ulps,
@@ -369,12 +370,38 @@ def test_autocast_and_inference_change_no_bit(name, dtype):
 
 
 @each_function
-def test_layouts_and_leading_axes_change_no_bit(name):
-    x = noise(6, 4, 10, dtype=torch.float32)
+@both_ways
+@pytest.mark.parametrize("offset", [0.0, 50.0, 2.0**100], ids=["easy", "hard", "large"])
+def test_layouts_and_leading_axes_change_no_bit(name, offset):
+    x = (noise(6, 4, 10) * max(1.0, offset / 64) + offset).float()
     out = FUNCTIONS[name](x)
     assert torch.equal(FUNCTIONS[name](x.transpose(0, 1)), out.transpose(0, 1))
     assert torch.equal(FUNCTIONS[name](x[2, 1]), out[2, 1])
     assert FUNCTIONS[name](x[:0]).shape == (0, 4, 10)
+
+
+@pytest.mark.parametrize("rows", [2, 16, 17, 40])
+@pytest.mark.parametrize("change", [50.0, -50.0, 2.0**40, torch.nan, 0.0, 1.0])
+def test_ordinary_rows_are_told_from_others_by_their_moments(rows, change):
+    x = noise(rows, 64, dtype=torch.float32)
+    x[1] = x[1] * change if change in (0.0, 1.0, 2.0**40) else x[1] + change
+    _, mean, rstd = torch.native_layer_norm(x, [64], None, None, 1e-5)
+    assert _are_easy(mean, rstd, 1e-5) == (change == 1.0)
+    apart = torch.stack([mean[:1], rstd[:1], mean[1:2], rstd[1:2]])  # of two norms
+    assert are_ordinary(apart, 1e-5) == (change == 1.0)
+    assert not are_ordinary(apart, 1.0)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16, 17, 40])
+@pytest.mark.parametrize("scale", [0.0, 1e-2, 1.0, 1e4])
+def test_ordinary_rows_are_normalized_in_one_pass(monkeypatch, rows, scale):
+    x = noise(rows, 64, dtype=torch.float32) * scale
+    x[0] = 0.0  # as padding often is
+    expected = torch.nn.functional.layer_norm(x, x.shape[-1:])
+    for name in ("_guarded_layer_norm", "_exponent_to_ordinary"):
+        monkeypatch.delattr(f"stabletx.functional.normalization.{name}")
+    assert torch.equal(layer_norm(x), expected)
+    assert rms_norm(x).shape == x.shape
 
 
 @each_function
