@@ -152,6 +152,8 @@ class Session:
         os.environ["MUTANT_UNDER_TEST"] = mutant
         config = items[0].config
         config.pluginmanager.unregister(name="terminalreporter")
+        # Nobody reads the traceback, and pytest's own takes seconds in a file of so many mutants.
+        config.option.tbstyle = "native"
         resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30))
         for item in items:
             if mutant != "none" and time.process_time() > self.budget:
