@@ -99,6 +99,41 @@ def run(q, k, v, mask, grad_out, method):
     return out.detach(), torch.autograd.grad(out, q, grad_out)[0]
 
 
+WITH_BIAS = {"shape": (2, 4, 2, 5, 7, 4, 3), "dtype": torch.float64, "bias": "gaussian"}
+
+
+def answers(case, powers, batch=slice(None)):
+    """Give out and all gradients, with (q, k, v, grad_out) times powers of two."""
+    tensors = (case.q, case.k, case.v, case.grad_out)
+    q, k, v, grad_out = (
+        (x * 2.0 ** torch.tensor(p, dtype=torch.float64).view(-1, 1, 1, 1))[batch]
+        for x, p in zip(tensors, powers, strict=True)
+    )
+    bias = case.bias[:, :1, :1].expand(2, -1, -1, -1)[batch]
+    leaves = [x.detach().requires_grad_() for x in (q, k, v, bias)]
+    out = attention(*leaves[:3], bias=leaves[3], mask=Mask.causal(), method="exact")
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad_out)]
+
+
+def test_powers_of_two_scale_out_exactly_beyond_the_room():
+    case = AttentionCase.build(**WITH_BIAS)
+    near = answers(case, ([300], [-300], [0], [260]))
+    far = answers(case, ([400], [-400], [50], [330]))
+    shifts = (50, 120 - 100, 120 + 100, 70, 120)  # of out, dq, dk, dv and the bias's gradient
+    for a, b, shift in zip(near, far, shifts, strict=True):
+        assert a.isfinite().all()
+        assert torch.equal(a * 2.0**shift, b)
+
+
+def test_the_largest_numbers_of_another_batch_row_move_no_bit():
+    case = AttentionCase.build(**WITH_BIAS)
+    powers = ([260, 1000], [-260, -1000], [-100, 1000], [-650, 1000])
+    together, alone = answers(case, powers), answers(case, powers, slice(0, 1))
+    for a, b in zip(together, alone, strict=True):
+        assert b.abs().amax(-1).gt(0).any()
+        assert torch.equal(a[:1], b)
+
+
 @pytest.mark.parametrize("n_keys", range(1, 30))
 def test_the_mean_of_the_largest_float_is_the_largest_float(n_keys):
     q = k = torch.zeros(1, 1, n_keys, 1, dtype=torch.float64)
