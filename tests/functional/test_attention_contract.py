@@ -340,6 +340,17 @@ def test_axes_of_size_zero_are_accepted(method, dtype, b, t, s, d, e):
 
 @every_method
 @every_dtype
+@pytest.mark.parametrize("s", [1, 2, 4, 5])
+def test_a_query_head_reads_its_own_key_head_whatever_the_length(method, dtype, s):
+    q, k, v = qkv(dtype, t=3, s=s)
+    together = attention(q, k, v, method=method)
+    for i in range(4):
+        heads = [q[:, i : i + 1], *(x[:, i // 2 : i // 2 + 1] for x in (k, v))]
+        assert torch.equal(together[:, i : i + 1], attention(*heads, method=method))
+
+
+@every_method
+@every_dtype
 def test_head_dim_zero_gives_equal_weights(method, dtype):
     q, k, v = qkv(dtype, d=0)
     v = torch.arange(9, dtype=dtype)[None, None, :, None].expand(2, 2, 9, 1)
