@@ -112,9 +112,14 @@ class Session:
             function = mutant.rpartition("__mutmut_")[0]
             kills, file = self.kills[function], self.kills[path.name]
             names = [name for name in self.tests.get(function, ()) if name in items]
-            # What killed a sibling is likely to kill this one, and the quick ones cost nothing.
+            # What killed a sibling, or mirrors the file, is likely to kill this one, and the quick
+            # ones cost nothing.
+            mirror = f"/test_{path.name.partition('.')[0].strip('_')}"
             names.sort(
-                key=lambda name: -(0.1 + file[name] + 9 * kills[name]) / (0.02 + self.seconds[name])
+                key=lambda name: (
+                    -(0.1 + 4 * (mirror in name) + file[name] + 9 * kills[name])
+                    / (0.02 + self.seconds[name])
+                )
             )
             code = NO_TESTS
             if names:

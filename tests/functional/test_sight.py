@@ -1,0 +1,111 @@
+"""Every question about who sees whom is answered as the pairs written out would answer it."""
+
+import pytest
+import torch
+
+from stabletx import Mask
+from stabletx.functional import _sight
+from stabletx.functional._sight import Sight
+from tests.test_masks import plain_masks
+
+CPU = torch.device("cpu")
+SIZES = [(1, 1), (5, 4), (4, 7), (3, 0)]
+
+
+def biases(t, s):
+    """Give biases of every shape; all but the first block some pairs."""
+    generator = torch.Generator().manual_seed(1)
+    yield torch.zeros(1, 1, t, s)
+    for shape in ((1, 1, t, s), (2, 3, t, s), (1, 3, 1, s), (2, 1, t, 1), (1, 1, 1, 1)):
+        bias = torch.randn(shape, generator=generator)
+        yield bias.masked_fill(torch.rand(shape, generator=generator) > 0.6, -torch.inf)
+
+
+def sights(t, s):
+    """Give sights of every kind, each with the pairs (2, 3, t, s) that it must mean."""
+    everything = torch.ones(2, 3, t, s, dtype=torch.bool)
+    kinds = [(None, everything)]
+    if t and s:
+        banded, others = plain_masks(2, t, s)
+        masks = [mask for mask, _ in banded + others]
+        masks += [Mask.padding(torch.arange(2 * s).view(2, s) % 2 == 0) & Mask.causal(0)]
+        kinds += [(mask, mask.to_dense(t, s).expand(2, 3, t, s)) for mask in masks]
+    for mask, allowed in kinds:
+        yield Sight.of(mask, None, t, s, CPU), allowed
+        for bias in biases(t, s):
+            yield Sight.of(mask, bias, t, s, CPU), allowed & (bias != -torch.inf)
+
+
+def flags(*shape):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(3)) > 0.6
+
+
+@pytest.fixture(params=["at once", "by blocks", "traced"])
+def reading(request, monkeypatch):
+    """Read all rows together, a few at a time, and as where nothing may be read."""
+    if request.param == "by blocks":
+        monkeypatch.setattr(_sight, "ROWS_AT_ONCE", 2)
+    if request.param == "traced":
+        monkeypatch.setattr(_sight, "is_traced", lambda: True)
+
+
+@pytest.mark.usefixtures("reading")
+@pytest.mark.parametrize(("t", "s"), SIZES)
+def test_every_question_is_answered_as_by_the_pairs(t, s):
+    of_keys, of_rows = flags(2, 3, s), flags(2, 3, t)
+    values = torch.rand(2, 3, s, generator=torch.Generator().manual_seed(4))
+    for sight, allowed in sights(t, s):
+
+        def check(found, expected, shape):
+            found = torch.ones((), dtype=torch.bool) if found is None else found
+            assert torch.equal(found.expand(shape), expected)
+
+        check(sight.dense(), allowed, allowed.shape)
+        check(sight.rows_with_a_key(), allowed.any(-1), (2, 3, t))
+        check(sight.keys_with_a_row(), allowed.any(-2), (2, 3, s))
+        check(sight.sees_any(of_keys), (allowed & of_keys[:, :, None]).any(-1), (2, 3, t))
+        check(sight.seen_by_any(of_rows), (allowed & of_rows[..., None]).any(-2), (2, 3, s))
+        seen = torch.where(allowed, values[:, :, None], 0.0)
+        check(sight.largest_seen(values), seen.amax(-1) if s else torch.zeros(2, 3, t), (2, 3, t))
+        assert not sight.is_everything or bool(allowed.all())
+
+
+@pytest.mark.usefixtures("reading")
+@pytest.mark.parametrize(("t", "s"), [(5, 4), (4, 7)])
+def test_a_tile_is_a_part_of_the_pairs(t, s):
+    rows, cols = slice(1, 3), torch.tensor([0, 2, 3])
+    for sight, allowed in sights(t, s):
+        tile = sight.tile(rows, cols)
+        if tile is None:
+            assert sight.mask is None
+            assert allowed.all()
+        else:
+            assert torch.equal(tile.expand(2, 3, 2, 3), allowed[:, :, rows, cols])
+
+
+def test_what_sees_everything_is_not_written_out():
+    for mask in (None, Mask.everything()):
+        for bias in (None, torch.zeros(1, 1, 4, 5)):
+            sight = Sight.of(mask, bias, 4, 5, CPU)
+            assert sight.is_everything
+            assert sight.dense() is None
+            assert sight.rows_with_a_key() is None
+
+
+@pytest.mark.parametrize(
+    ("mask", "all_have_one"),
+    [
+        (Mask.causal(), True),
+        (Mask.causal(0), True),
+        (Mask.causal(-1), False),
+        (Mask.window(1, 1), True),
+        (Mask.window(0, 0, 1), True),
+        (Mask.window(0, 0, 2), False),
+        (Mask.window(0, None, -1), True),
+        (Mask.causal(0) & Mask.window(0, None, 0), True),
+        (Mask.causal(0) & Mask.window(0, None, 1), False),
+    ],
+)
+def test_bands_in_which_every_row_has_a_key_are_known_without_a_look(mask, all_have_one):
+    found = Sight.of(mask, None, 4, 5, CPU).rows_with_a_key()
+    assert (found is None) == all_have_one
