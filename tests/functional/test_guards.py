@@ -89,13 +89,16 @@ def test_what_is_not_finite_does_not_pass(joint, which, bad):
 def test_a_bias_counts_towards_the_limit_of_its_rows_and_blocking_does_not(joint, sign):
     at = [x * 8.0 for x in SPREAD]  # scores of 64
     bias = torch.zeros(1, 1, 2, 2)
-    bias[0, 0, 1] = torch.tensor([-math.inf, sign * (256.0 - 64.0)])
+    bias[0, 0, 1] = torch.tensor([sign * (256.0 - 64.0), -math.inf])
     assert is_safe(problem_of(at, at, at, joint=joint, bias=bias)) == (True, [False, False])
-    bias[0, 0, 1, 1] *= 1.01
+    bias[0, 0, 1, 0] *= 1.01
     assert is_safe(problem_of(at, at, at, joint=joint, bias=bias)) == (False, [False, True])
+    blocking = torch.zeros(1, 1, 2, 2).masked_fill(torch.eye(2).bool(), -math.inf)
+    full = [x * 16.0 for x in SPREAD]
+    assert is_safe(problem_of(full, full, full, joint=joint, bias=blocking))[0]
     zero = [0.0] * D
     for size, safe in ((256.0, True), (256.5, False), (math.nan, False), (math.inf, False)):
-        bias[0, 0, 1, 1] = sign * size
+        bias[0, 0, 1, 0] = sign * size
         assert within_limits(problem_of(zero, zero, zero, joint=joint, bias=bias)) == (
             safe or sign * size == -math.inf
         )

@@ -1,0 +1,69 @@
+"""What lets one query go straight to the kernel, at its limits."""
+
+import math
+import re
+
+import pytest
+import torch
+
+from stabletx import Mask
+from stabletx.functional._guards import LARGEST_ENTRY, LARGEST_SCORE
+from stabletx.functional._one_query import attend_one_query, finite_or_inf, is_safe, longest_rows
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@each_dtype
+@pytest.mark.parametrize("scale", [0.5, -0.5])
+def test_scores_up_to_the_limit_are_safe(dtype, scale):
+    limit = LARGEST_SCORE[dtype]
+    assert is_safe(2.0, limit, 1.0, scale, dtype)
+    assert is_safe(limit, 2.0, 1.0, scale, dtype)
+    assert not is_safe(2.02, limit, 1.0, scale, dtype)
+    assert not is_safe(2.0, limit, 1.0, 1.01 * scale, dtype)
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_numbers_up_to_the_limit_are_safe(which):
+    lengths = [0.0] * 3
+    lengths[which] = LARGEST_ENTRY
+    assert is_safe(*lengths, 1.0, torch.float32)
+    for beyond in (1.01 * LARGEST_ENTRY, math.inf):
+        lengths[which] = beyond
+        assert not is_safe(*lengths, 1.0, torch.float32)
+
+
+@each_dtype
+def test_the_longest_row_of_each_part_is_found_and_nan_counts_as_infinite(dtype):
+    x = torch.zeros(3, 2, 2, 2, dtype=dtype)
+    x[0, 1, 0] = torch.tensor([3.0, 4.0])
+    x[0, 0, 1] = torch.tensor([1.0, 4.0])
+    x[1, 0, 0, 0] = math.nan
+    x[2, 1, 1, 1] = -math.inf
+    assert longest_rows(x) == [5.0, math.inf, math.inf]
+    assert longest_rows(torch.full((1, 1, 4), 2.0**15, dtype=dtype)) == [2.0**16]
+    assert [finite_or_inf(x) for x in (2.0, math.inf, math.nan)] == [2.0, math.inf, math.inf]
+
+
+def test_a_mask_that_does_not_fit_is_refused():
+    q, k = torch.randn(2, 4, 1, 8), torch.randn(2, 4, 5, 8)
+    options = {"scale": None, "longest_key": 1.0, "longest_value": 1.0}
+    for mask, text in (
+        (torch.ones(3, 1, 1, 5), "mask must have batch size 1 or 2, got mask=a mask with batch "),
+        (torch.ones(2, 3, 1, 5), "mask must have heads 1 or 4, got mask=a mask with heads 3."),
+        (torch.ones(2, 1, 1, 5, device="meta"), "mask must be on cpu, got mask=a mask on meta."),
+    ):
+        with pytest.raises(ValueError, match=re.escape(text)):
+            attend_one_query(q, k, k, mask=Mask.dense(mask.bool()), **options)
+
+
+def test_what_holds_nothing_is_left_to_attention():
+    options = {"mask": None, "scale": None, "longest_key": 0.0, "longest_value": 0.0}
+    for shape in ((0, 4, 1, 8), (2, 4, 1, 0)):
+        q = torch.zeros(shape)
+        assert attend_one_query(q, q, q, **options) is None
+    q = torch.zeros(2, 4, 1, 8)
+    assert attend_one_query(q.to("meta"), q, q, **options) is None
+    options["mask"] = Mask.causal(-1)
+    assert attend_one_query(q, q, q, **options) is None
