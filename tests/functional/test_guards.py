@@ -7,9 +7,12 @@ import torch
 
 from stabletx import Mask
 from stabletx.functional import _guards
+from stabletx.functional._extended import ROOM
 from stabletx.functional._guards import LARGEST_ENTRY, LARGEST_SCORE, hot_rows, within_limits
 from stabletx.functional._problem import checked_problem
+from tests.ways import METHODS, attention
 
+every_method = pytest.mark.parametrize("method", METHODS)
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 D = 4
@@ -118,3 +121,45 @@ def test_one_projection_is_looked_at_once(monkeypatch, joint, n_looks):
     monkeypatch.setattr(_guards, "_largest", lambda x: seen.append(x.shape) or whole(x))
     assert within_limits(problem_of(SPREAD, SPREAD, SPREAD, joint=joint))
     assert len(seen) == n_looks
+
+
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [(torch.float32, LARGEST_ENTRY), (torch.float64, ROOM)], ids=str
+)
+@every_method
+def test_a_key_at_the_limit_counts_beside_a_row_beyond_it(dtype, limit, method):
+    k = v = torch.tensor([limit, 0.0], dtype=dtype)[None, None, :, None]
+    q = torch.tensor([1.0 / limit, 2.0 * limit], dtype=dtype)[None, None, :, None]
+    found = attention(q, k, v, scale=1.0, method=method)
+    alone = attention(q[:, :, :1], k, v, scale=1.0, method=method)
+    assert torch.equal(found[:, :, :1], alone)
+    assert found[0, 0, 1] == limit
+
+
+@every_method
+def test_values_beyond_the_limit_are_averaged_where_there_is_no_head_dim(method):
+    q = torch.zeros(1, 1, 2, 0)
+    v = torch.tensor([2.0**100, 2.0**101])[None, None, :, None]
+    assert torch.equal(attention(q, q, v, method=method), torch.full((1, 1, 2, 1), 1.5 * 2.0**100))
+
+
+@pytest.mark.parametrize("place", ["q", "k", "v", "bias"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("mask", [None, Mask.causal(), Mask.causal(-1)])
+def test_what_is_not_finite_spoils_the_same_rows_under_a_transform(place, bad, mask):
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: torch.randn(1, 2, 4, 3, generator=generator, dtype=torch.float64) for name in "qkv"
+    }
+    tensors["bias"] = torch.zeros(1, 2, 4, 4, dtype=torch.float64)
+    tensors[place][0, 1, 2, 1] = bad
+
+    def run(q, k, v, bias):
+        return attention(q, k, v, bias=bias, mask=mask, method="exact")
+
+    out = run(*tensors.values())
+    mapped = torch.func.vmap(run)(*(x[None] for x in tensors.values()))[0]
+    spoilt = out.isnan().any(-1)
+    assert torch.equal(mapped.isnan(), spoilt[..., None].expand(out.shape))
+    assert torch.equal(mapped[~spoilt], out[~spoilt])
+    assert 0 < spoilt.sum() < spoilt.numel()
