@@ -151,15 +151,67 @@ def test_what_is_not_finite_spoils_the_same_rows_under_a_transform(place, bad, m
     tensors = {
         name: torch.randn(1, 2, 4, 3, generator=generator, dtype=torch.float64) for name in "qkv"
     }
-    tensors["bias"] = torch.zeros(1, 2, 4, 4, dtype=torch.float64)
-    tensors[place][0, 1, 2, 1] = bad
+    tensors["bias"] = torch.randn(1, 2, 4, 4, generator=generator, dtype=torch.float64)
+    tensors["bias"][0, 0, :, 1] = -math.inf
 
     def run(q, k, v, bias):
         return attention(q, k, v, bias=bias, mask=mask, method="exact")
 
+    clean = run(*tensors.values())
+    tensors[place][0, 1, 2, 1] = bad
     out = run(*tensors.values())
     mapped = torch.func.vmap(run)(*(x[None] for x in tensors.values()))[0]
     spoilt = out.isnan().any(-1)
     assert torch.equal(mapped.isnan(), spoilt[..., None].expand(out.shape))
     assert torch.equal(mapped[~spoilt], out[~spoilt])
+    assert torch.equal(out[~spoilt], clean[~spoilt])
     assert 0 < spoilt.sum() < spoilt.numel()
+
+
+def gradients(bad, grad_out, method, **options):
+    """Give the gradients of q, k, v and sinks with a bad number in one place, or in none."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(1, 2, 4, 3, generator=generator) for name in "qkv"}
+    tensors["sinks"] = torch.zeros(2)
+    if bad:
+        tensors[bad][0, 1, 2, 1] = math.nan
+    leaves = [x.requires_grad_() for x in tensors.values()]
+    out = attention(*leaves[:3], sinks=leaves[3], mask=Mask.causal(), method=method, **options)
+    return torch.autograd.grad(out, leaves, grad_out)
+
+
+@pytest.mark.parametrize("method", ["auto", "tiled", "exact"])
+@pytest.mark.parametrize("which", [None, 2, 3])
+def test_a_bad_value_leaves_the_gradient_of_all_values_whole(method, which):
+    grad_out = torch.randn(1, 2, 4, 3, generator=torch.Generator().manual_seed(1))
+    clean = gradients(None, grad_out, method)
+    if which is not None:  # what comes back through a spoilt row may be NaN itself
+        grad_out[0, 1, which] = math.nan
+    found = gradients("v", grad_out, method)
+    lost = torch.zeros(1, 2, 4, dtype=torch.bool)
+    lost[0, 1, 2:] = True
+    seen = torch.zeros(1, 2, 4, dtype=torch.bool)
+    seen[0, 1] = True  # every key, by the last query
+    unsound = torch.zeros(1, 2, 4, dtype=torch.bool)
+    if which is not None:
+        unsound[0, 1, : which + 1] = True
+    for name, flags in (("q", lost), ("k", seen), ("v", unsound)):
+        place = "qkv".index(name)
+        assert torch.equal(found[place].isnan(), flags[..., None].expand(1, 2, 4, 3)), name
+        assert torch.equal(found[place][~flags], clean[place][~flags]) or which == 2, name
+
+
+@pytest.mark.parametrize("method", ["auto", "tiled", "exact"])
+@pytest.mark.parametrize("bad", ["q", "k"])
+def test_nothing_flows_back_through_a_row_without_weights_but_nan_to_what_it_sees(method, bad):
+    grad_out = torch.randn(1, 2, 4, 3, generator=torch.Generator().manual_seed(1))
+    found = gradients(bad, grad_out, method)
+    rows = torch.zeros(1, 2, 4, dtype=torch.bool)
+    rows[0, 1, 2 : 3 if bad == "q" else 4] = True
+    clean = gradients(None, torch.where(rows[..., None], 0.0, grad_out), method)
+    seen = torch.zeros(1, 2, 4, dtype=torch.bool)
+    seen[0, 1, : 3 if bad == "q" else 4] = True
+    for place, flags in enumerate((rows, seen, seen)):
+        assert torch.equal(found[place].isnan(), flags[..., None].expand(1, 2, 4, 3))
+        assert torch.equal(found[place][~flags], clean[place][~flags])
+    assert torch.equal(found[3], clean[3])
