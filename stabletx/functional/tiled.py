@@ -232,9 +232,11 @@ class _Tiled(torch.autograd.Function):
             _checks.check_no_dropout(plan.problem.dropout_p)
             wanted = [x for x in inputs if x is not None and x.requires_grad]
             problem = plan.problem.with_tensors(q, k, v).with_extras(bias, sinks)
-            again = exact(problem)
+            # Where v alone wants a gradient, lse has none.
+            again = [(x, y) for x, y in zip(exact(problem), grads, strict=False) if x.requires_grad]
+            outs, pushes = zip(*again, strict=True)
             found = iter(
-                torch.autograd.grad(again, wanted, grads[:2], create_graph=True, allow_unused=True)
+                torch.autograd.grad(outs, wanted, pushes, create_graph=True, allow_unused=True)
             )
             given = (next(found) if x is not None and x.requires_grad else None for x in inputs)
             return (*given, None, None)
