@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from stabletx.functional import _kernels
-from stabletx.functional._kernels import How, attend, gradients, is_aligned, takes_products
+from stabletx.functional._kernels import (
+    How,
+    _is_fresh,
+    _settled,
+    attend,
+    gradients,
+    is_aligned,
+    takes_products,
+)
 
 B, H, T, S, D = 3, 4, 5, 6, 8
 
@@ -181,3 +189,17 @@ def test_rows_are_aligned_where_each_begins_with_a_cache_line():
     ]:
         view = at[offset:].as_strided(size, strides)
         assert is_aligned(view) == aligned, (size, strides, offset)
+
+
+def test_what_is_neither_aligned_nor_fresh_is_copied_as_memory_of_its_own():
+    fresh = torch.randn(2, 3, 5, 7)
+    aligned = torch.randn(2, 5, 3, 16).transpose(1, 2)
+    for x in (fresh, aligned):
+        assert _settled(x) is x
+    for x in (fresh[:, :, 1:], fresh.flatten()[1:].view(11, 19), fresh.mT, aligned[..., 1:]):
+        copy = _settled(x)
+        assert copy is not x
+        assert torch.equal(copy, x)
+        assert copy.is_contiguous()
+        assert _is_fresh(copy)
+        assert not _is_fresh(x)
