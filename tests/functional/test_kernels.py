@@ -80,6 +80,7 @@ def way(request, monkeypatch):
     return request.param
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(("kind", "g", "is_causal"), EVERY)
 def test_every_way_is_the_formula_forward_and_backward(way, kind, g, is_causal):
     if way == "kernel" and is_causal and kind is not None:
@@ -123,6 +124,9 @@ def test_a_row_that_sees_nothing_gives_0_and_passes_no_gradient_through_products
     out, *found = attend_and_back(q, k, v, grad, summands, How(0.5))
     assert not out[:, :, 2].any()
     assert not found[0][:, :, 2].any()
+    one_key = attend(q, k[:, :, :1], v[:, :, :1], summands[..., :1], How(0.5), keep=False)[0]
+    assert one_key.isfinite().all()
+    assert not one_key[:, :, 2].any()
     rest = [0, 1, 3, 4]
     q, grad, summands = (x[:, :, rest] for x in (q, grad, summands))
     _, dq, dk, dv = attend_and_back(q, k, v, grad, summands, How(0.5))
@@ -161,6 +165,7 @@ def test_dropped_weights_are_dropped_in_the_gradients_too(way, g):
     torch.manual_seed(0)
     assert torch.equal(attend(q, k, v, None, how, keep=False)[0], out)
     weights, left = kept
+    assert left.dtype == torch.bool
     assert 0 < left.sum() < left.numel()
     used = weights * left * 2
     assert torch.allclose(out, used @ v.repeat_interleave(H // g, 1))
