@@ -156,6 +156,16 @@ def test_a_target_is_written_whatever_its_layout(way, layout):
     assert torch.equal(target, attend(q, k, v, None, How(0.5), keep=False)[0].to(target.dtype))
 
 
+@pytest.mark.parametrize("axes", [(0, 2, 1, 3), (1, 0, 2, 3), (0, 1, 3, 2), (3, 2, 1, 0)])
+def test_the_layout_in_memory_moves_no_bit(way, axes):
+    tensors = piece(dtype=torch.float32)
+    expected = attend_and_back(*tensors, None, How(0.3))
+    back = [axes.index(i) for i in range(4)]
+    laid_out = [x.permute(axes).contiguous().permute(back) for x in tensors]
+    found = attend_and_back(*laid_out, None, How(0.3))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("g", [1, 4])
 def test_dropped_weights_are_dropped_in_the_gradients_too(way, g):
     q, k, v, grad = piece(g)
