@@ -8,6 +8,7 @@ import torch
 from stabletx.functional import _kernels
 from stabletx.functional._kernels import (
     How,
+    _blocks,
     _is_fresh,
     _settled,
     attend,
@@ -218,3 +219,15 @@ def test_what_is_neither_aligned_nor_fresh_is_copied_as_memory_of_its_own():
         assert copy.is_contiguous()
         assert _is_fresh(copy)
         assert not _is_fresh(x)
+
+
+def test_batch_rows_are_made_together_as_far_as_their_weights_fit(monkeypatch):
+    q, weights = piece()[0], H * T * S * 8  # bytes of a batch row
+    for at_once, cuts in (
+        (1, [(0, 1), (1, 2), (2, 3)]),
+        (2 * weights - 1, [(0, 1), (1, 2), (2, 3)]),
+        (2 * weights, [(0, 2), (2, 3)]),
+        (9 * weights, [(0, 3)]),
+    ):
+        monkeypatch.setattr(_kernels, "AT_ONCE", at_once)
+        assert [(x.start, x.stop) for x in _blocks(q, S)] == cuts
