@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stabletx.functional._magnitude import side_by_side
+from stabletx.functional._magnitude import extremes, side_by_side, surely_within
 
 
 def projected(b=2, t=3, h=4, g=2, d=5):
@@ -35,3 +35,17 @@ def test_anything_else_is_not_taken_for_one_projection():
     ]
     assert all(side_by_side(*other) is None for other in others)
     assert side_by_side(*(x[:, :, :0] for x in (q, k, v))) is None
+
+
+@pytest.mark.parametrize("layout", [lambda x: x, lambda x: x.T], ids=["whole", "view"])
+def test_numbers_up_to_the_limit_are_surely_within_it(layout):
+    x = layout(torch.tensor([[-2.0, 1.0, 0.5], [0.0, -1.0, 1.5]], requires_grad=True))
+    assert extremes(x) == (-2.0, 1.5)
+    assert surely_within(x, 2.0)
+    assert surely_within(-x, 2.0)
+    assert not surely_within(x, 1.9)
+    assert not surely_within(-x, 1.9)
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        assert not surely_within(torch.tensor([0.0, bad]), 2.0)
+    assert not surely_within(x[:0], 2.0)
+    assert not surely_within(x.to("meta"), 2.0)
