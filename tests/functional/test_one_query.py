@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from stabletx import Mask
+from stabletx import Mask, attention
 from stabletx.functional._guards import LARGEST_ENTRY, LARGEST_SCORE
 from stabletx.functional._one_query import attend_one_query, finite_or_inf, is_safe, longest_rows
 
@@ -67,3 +67,16 @@ def test_what_holds_nothing_is_left_to_attention():
     assert attend_one_query(q.to("meta"), q, q, **options) is None
     options["mask"] = Mask.causal(-1)
     assert attend_one_query(q, q, q, **options) is None
+
+
+@pytest.mark.parametrize("mask", [None, Mask.window(2, 0), Mask.lengths(torch.tensor([3, 5]))])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_one_query_is_attention_with_any_scale_and_mask(mask, scale):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 4, 1, 8), (2, 2, 5, 8), (2, 2, 5, 8))
+    q, k, v = (torch.randn(x, generator=generator, dtype=torch.float64) for x in shapes)
+    longest = [longest_rows(x[None])[0] for x in (k, v)]
+    found = attend_one_query(
+        q, k, v, mask=mask, scale=scale, longest_key=longest[0], longest_value=longest[1]
+    )
+    assert torch.allclose(found, attention(q, k, v, mask=mask, scale=scale, method="exact"))
