@@ -65,8 +65,9 @@ def test_what_holds_nothing_is_left_to_attention():
         assert attend_one_query(q, q, q, **options) is None
     q = torch.zeros(2, 4, 1, 8)
     assert attend_one_query(q.to("meta"), q, q, **options) is None
-    options["mask"] = Mask.causal(-1)
-    assert attend_one_query(q, q, q, **options) is None
+    for mask in (Mask.causal(-1), Mask.lengths(torch.tensor([0, 1]))):  # a row sees nothing
+        options["mask"] = mask
+        assert attend_one_query(q, q, q, **options) is None
 
 
 @pytest.mark.parametrize("mask", [None, Mask.window(2, 0), Mask.lengths(torch.tensor([3, 5]))])
