@@ -36,7 +36,7 @@ REASONS = Path("docs/mutants.md").resolve()
 SURVIVED, KILLED, NO_TESTS, TIMEOUT = 0, 1, 33, 36
 # Seconds of processor time that one test may take beyond ten times its usual ones.
 PATIENCE = 3.0
-BUDGET = 2.5
+BUDGET = 1.5
 
 
 class Results:
