@@ -360,6 +360,16 @@ REFUSED = [
         "k.shape[1] must divide q.shape[1], got k.shape[1]=3 and q.shape[1]=2.",
     ),
     (
+        {"k": K.expand(2, 5, 5, 3), "v": V.expand(2, 5, 5, 3)},
+        ValueError,
+        "k.shape[1] must divide q.shape[1], got k.shape[1]=5 and q.shape[1]=2.",
+    ),
+    (
+        {"k": K.expand(2, 3, 5, 3)[:, :, :2], "v": V.expand(2, 3, 5, 3)[:, :, :2]},
+        ValueError,
+        "k.shape[1] must divide q.shape[1], got k.shape[1]=3 and q.shape[1]=2.",
+    ),
+    (
         {"mask": KEEP},
         ValueError,
         "mask must have 4 axes (b, h, t, s), got mask=a tensor of shape (2, 5). (b, s) "

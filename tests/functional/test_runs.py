@@ -82,6 +82,7 @@ def test_sixteen_bit_runs_are_the_float32_result_rounded_once(way, dtype, length
 def test_autocast_changes_no_bit_of_runs(way):
     plan, tensors = packed(dtype=torch.float32)
     plain = answers(plan, tensors, How(0.3))
+    assert not torch.equal(plain[0], plain[0].bfloat16().float())
     with torch.autocast("cpu", torch.bfloat16):
         assert all(map(torch.equal, answers(plan, tensors, How(0.3)), plain))
 
