@@ -190,7 +190,8 @@ def main() -> None:
     os.environ["MUTANT_UNDER_TEST"] = ""
     os.chdir(MUTANTS)
     sys.path.insert(0, str(MUTANTS))
-    sys.exit(pytest.main(["--rootdir=.", *chosen], [session]))
+    # Nobody reads why an assertion failed either.
+    sys.exit(pytest.main(["--rootdir=.", "--assert=plain", *chosen], [session]))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import torch
 
 from stabletx import Mask
 from stabletx.functional import _sight
-from stabletx.functional._sight import Sight
+from stabletx.functional._sight import Sight, is_traced, values_may_be_read
 from tests.test_masks import plain_masks
 
 CPU = torch.device("cpu")
@@ -109,3 +109,32 @@ def test_what_sees_everything_is_not_written_out():
 def test_bands_in_which_every_row_has_a_key_are_known_without_a_look(mask, all_have_one):
     found = Sight.of(mask, None, 4, 5, CPU).rows_with_a_key()
     assert (found is None) == all_have_one
+
+
+@pytest.mark.parametrize("mask", [Mask.causal(0), Mask.window(1, 1, 0), ~Mask.causal(0)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_answers_lie_where_the_sight_does(mask, with_bias):
+    meta = torch.device("meta")
+    bias = torch.zeros(1, 1, 4, 5, device=meta) if with_bias else None
+    sight = Sight.of(mask, bias, 4, 5, meta)
+    of_keys, of_rows = (flags(1, 1, n).to(meta) for n in (5, 4))
+    for answer in (
+        sight.dense(), sight.rows_with_a_key(), sight.keys_with_a_row(), sight.sees_any(of_keys),
+        sight.seen_by_any(of_rows), sight.largest_seen(torch.zeros(1, 1, 5, device=meta)),
+    ):  # fmt: skip
+        assert answer is None or answer.device == meta
+
+
+def test_values_are_read_on_the_cpu_alone_and_never_under_a_transform(monkeypatch):
+    found = []
+
+    def ask(x):
+        found.append((is_traced(), values_may_be_read(x)))
+        return x
+
+    ask(torch.zeros(1))
+    torch.func.vmap(ask)(torch.zeros(1))
+    ask(torch.zeros(1, device="meta"))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    ask(torch.zeros(1))
+    assert found == [(False, True), (True, False), (False, False), (True, False)]
