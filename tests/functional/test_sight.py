@@ -113,14 +113,15 @@ def test_bands_in_which_every_row_has_a_key_are_known_without_a_look(mask, all_h
 
 @pytest.mark.parametrize("mask", [Mask.causal(0), Mask.window(1, 1, 0), ~Mask.causal(0)])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_answers_lie_where_the_sight_does(mask, with_bias):
+@pytest.mark.parametrize("s", [5, 0])
+def test_answers_lie_where_the_sight_does(mask, with_bias, s):
     meta = torch.device("meta")
-    bias = torch.zeros(1, 1, 4, 5, device=meta) if with_bias else None
-    sight = Sight.of(mask, bias, 4, 5, meta)
-    of_keys, of_rows = (flags(1, 1, n).to(meta) for n in (5, 4))
+    bias = torch.zeros(1, 1, 4, s, device=meta) if with_bias else None
+    sight = Sight.of(mask, bias, 4, s, meta)
+    of_keys, of_rows = (flags(1, 1, n).to(meta) for n in (s, 4))
     for answer in (
         sight.dense(), sight.rows_with_a_key(), sight.keys_with_a_row(), sight.sees_any(of_keys),
-        sight.seen_by_any(of_rows), sight.largest_seen(torch.zeros(1, 1, 5, device=meta)),
+        sight.seen_by_any(of_rows), sight.largest_seen(torch.zeros(1, 1, s, device=meta)),
     ):  # fmt: skip
         assert answer is None or answer.device == meta
 
@@ -138,3 +139,15 @@ def test_values_are_read_on_the_cpu_alone_and_never_under_a_transform(monkeypatc
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     ask(torch.zeros(1))
     assert found == [(False, True), (True, False), (False, False), (True, False)]
+
+
+@pytest.mark.parametrize("mask", [None, Mask.causal(0), Mask.window(1, 1, 0), ~Mask.causal(0)])
+def test_without_a_query_nothing_is_seen(mask):
+    sight = Sight.of(mask, None, 0, 5, CPU)
+    rows = sight.rows_with_a_key()
+    assert rows is None or rows.shape[-1] == 0
+    assert sight.sees_any(flags(2, 3, 5)).shape == (2, 3, 0)
+    assert sight.largest_seen(torch.rand(2, 3, 5)).shape == (2, 3, 0)
+    seen = sight.seen_by_any(flags(2, 3, 0))
+    assert seen.shape == (2, 3, 5)
+    assert not seen.any()
