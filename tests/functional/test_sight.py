@@ -67,6 +67,7 @@ def test_every_question_is_answered_as_by_the_pairs(t, s):
         check(sight.seen_by_any(of_rows), (allowed & of_rows[..., None]).any(-2), (2, 3, s))
         seen = torch.where(allowed, values[:, :, None], 0.0)
         check(sight.largest_seen(values), seen.amax(-1) if s else torch.zeros(2, 3, t), (2, 3, t))
+        assert sight.largest_seen(values).shape == (2, 3, t)
         assert not sight.is_everything or bool(allowed.all())
 
 
