@@ -28,6 +28,7 @@ def sights(t, s):
     if t and s:
         banded, others = plain_masks(2, t, s)
         masks = [mask for mask, _ in banded + others]
+        masks += [Mask.causal(-3), Mask.window(0, 0, -3), Mask.window(0, 0, 9)]
         masks += [Mask.padding(torch.arange(2 * s).view(2, s) % 2 == 0) & Mask.causal(0)]
         kinds += [(mask, mask.to_dense(t, s).expand(2, 3, t, s)) for mask in masks]
     for mask, allowed in kinds:
