@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stabletx import Mask
+from stabletx.testing.reference import reference_attention
 from tests.ways import METHODS, attention, attention_details
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -385,3 +386,43 @@ def test_details_of_a_row_without_keys_are_empty(method):
         q, k, v, mask=Mask.lengths(torch.tensor([0, 9])), sinks=torch.arange(4.0), method=method
     )
     assert torch.equal(with_sinks.lse[0], torch.arange(4.0)[:, None].expand(4, 9))
+
+
+@every_method
+@pytest.mark.parametrize("t", [9, 1])
+@pytest.mark.parametrize("mask", [None, Mask.causal(-3), Mask.causal(-8), Mask.causal(2)])
+@pytest.mark.parametrize("sinks", [None, torch.arange(4.0, dtype=torch.float64)])
+def test_details_are_those_of_the_reference(method, t, mask, sinks):
+    q, k, v = qkv(torch.float64, t=t)
+    allowed = torch.ones(1, 1, t, 9, dtype=torch.bool) if mask is None else mask.to_dense(t, 9)
+    found = attention_details(q, k, v, mask=mask, sinks=sinks, method=method)
+    exact = reference_attention(q, k, v, mask=allowed, sinks=sinks)
+    has_key = allowed.any(-1).expand(2, 4, t)
+    n_rows = has_key.sum(-1)
+    entropy = torch.where(has_key, exact.entropy, 0.0).sum(-1) / n_rows.clamp(min=1)
+    top = torch.where(has_key, exact.max_score, -math.inf).amax(-1)
+    assert torch.equal(found.empty_rows, t - n_rows)
+    pairs = ((found.lse, exact.lse), (found.entropy, entropy), (found.max_score, top))
+    for actual, expected in pairs:
+        assert actual.shape == expected.shape
+        assert torch.allclose(actual, expected)
+
+
+@every_method
+def test_details_without_a_query_are_empty(method):
+    q, k, v = qkv(torch.float32, t=0)
+    found = attention_details(q, k, v, method=method)
+    assert torch.equal(found.max_score, torch.full((2, 4), -math.inf))
+    assert torch.equal(found.entropy, torch.zeros(2, 4))
+    assert torch.equal(found.empty_rows, torch.zeros(2, 4, dtype=torch.int64))
+
+
+@every_dtype
+def test_the_weights_asked_for_give_the_output(dtype):
+    q, k, v = qkv(dtype)
+    found = attention_details(q, k, v, mask=Mask.causal(), weights=True)
+    assert found.weights.dtype == dtype
+    assert found.entropy.dtype == found.max_score.dtype == torch.promote_types(dtype, torch.float32)
+    wide = attention_details(q.double(), k.double(), v.double(), mask=Mask.causal(), weights=True)
+    assert torch.equal(found.weights, wide.weights.to(dtype))
+    assert torch.allclose(wide.weights @ v.double().repeat_interleave(2, 1), wide.out)
