@@ -230,6 +230,22 @@ def test_a_choice_says_what_it_took_and_why(method, options, name, why):
     assert _choose(problem, method, **wanted)[1:] == (name, why)
 
 
+def test_only_auto_exports_one_call_and_only_where_it_can(monkeypatch):
+    for name in ("is_exporting", "is_compiling"):
+        monkeypatch.setattr(torch.compiler, name, lambda: True)
+    problem, capped = (
+        checked_problem(Q, K, V, None, None, None, softcap, None, 0.0, None)
+        for softcap in (None, 1.0)
+    )
+    plain = {"stats": False, "weights": False}
+    graph = ("fused", "torch.export is tracing: a graph for other runtimes")
+    traced = ("exact", "torch.compile or torch.export is tracing")
+    assert _choose(problem, "auto", **plain)[1:] == graph
+    assert _choose(problem, "auto", stats=True, weights=False)[1:] == traced
+    assert _choose(capped, "auto", **plain)[1:] == traced
+    assert _choose(problem, "exact", **plain)[1:] == ("exact", "asked for")
+
+
 def test_details_say_what_ran_and_why():
     found = attention_details(Q, K, V, weights=True)
     assert (found.method, found.reason) == ("exact", "weights asked for")
