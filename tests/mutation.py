@@ -113,7 +113,7 @@ class Session:
             kills, file = self.kills[function], self.kills[path.name]
             names = [name for name in self.tests.get(function, ()) if name in items]
             # What killed a sibling, or mirrors the file, is likely to kill this one, and the quick
-            # ones cost nothing.
+            # ones cost nothing; of many cases of one test the first says the most.
             mirror = f"/test_{path.name.partition('.')[0].strip('_')}"
             names.sort(
                 key=lambda name: (
@@ -121,6 +121,9 @@ class Session:
                     / (0.02 + self.seconds[name])
                 )
             )
+            tests = {name.partition("[")[0]: name for name in reversed(names)}
+            firsts = set(tests.values()) | set(names[:3])
+            names.sort(key=lambda name: name not in firsts)
             code = NO_TESTS
             if names:
                 code, killer = self._fork(mutant, [items[name] for name in names])
