@@ -121,6 +121,7 @@ def assert_right(name, x, eps=1e-5, most=None):
     results = forward_and_gradients(
         lambda z, **v: FUNCTIONS[name](z, eps=eps, **v), x, upstream, **vectors
     )
+    assert all(result.dtype == dtype for result in results)
     with mpmath.workdps(60):
         expected, scales = exactly(name, x, upstream, eps=eps, **vectors)
     bound = {"layer_norm": layer_norm_error_bound, "rms_norm": rms_norm_error_bound}[name]
