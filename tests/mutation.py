@@ -5,10 +5,11 @@
     python -m tests.mutation                        # test those not tested yet
     python -m tests.mutation masks functional/tiled # of these files only
     python -m tests.mutation --again                # give those that survived every test there is
+    python -m tests.mutation --again --seconds 5    # or five seconds of tests each
     python -m tests.mutation --report               # count them; name survivors without a reason
 
 At first a mutant that lives through BUDGET seconds of tests counts as a survivor, which can only
-make the figures look worse; ``--again`` has no such end.
+make the figures look worse; ``--again`` has no such end unless it is given one.
 
 mutmut's own runner starts pytest anew for each mutant, which takes longer than the tests do. The
 results are written where mutmut keeps them, so ``mutmut results`` and ``mutmut show`` work.
@@ -86,11 +87,11 @@ def _row(name: str, counts: Counter[int | None]) -> str:
 class Session:
     """A pytest plugin that, in place of running the tests, tests every mutant with them."""
 
-    def __init__(self, results: Results, *, again: bool) -> None:
+    def __init__(self, results: Results, *, again: bool, seconds: float) -> None:
         stats = json.loads((MUTANTS / "mutmut-stats.json").read_text())
         self.results = results
         self.work = results.having(SURVIVED if again else None)
-        self.budget = math.inf if again else BUDGET
+        self.budget = seconds
         self.tests = stats["tests_by_mangled_function_name"]
         self.seconds: dict[str, float] = stats["duration_by_test"]
         self.kills: dict[str, Counter[str]] = defaultdict(Counter)
@@ -178,6 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="*", help="files below stabletx, such as functional/tiled")
     parser.add_argument("--again", action="store_true", help="test those that survived")
+    parser.add_argument("--seconds", type=float, help="of tests a mutant, processor time")
     parser.add_argument("--report", action="store_true", help="count them and leave")
     arguments = parser.parse_args()
     results = Results(arguments.files)
@@ -187,7 +189,8 @@ def main() -> None:
         names = [name for _, name in results.having(SURVIVED) + results.having(NO_TESTS)]
         print(*(f"no reason yet: {name}" for name in names if f"`{name}`" not in reasons), sep="\n")
         return
-    session = Session(results, again=arguments.again)
+    seconds = arguments.seconds or (math.inf if arguments.again else BUDGET)
+    session = Session(results, again=arguments.again, seconds=seconds)
     settings = tomllib.loads(Path("pyproject.toml").read_text())["tool"]["mutmut"]
     chosen = settings["pytest_add_cli_args"] + settings["pytest_add_cli_args_test_selection"]
     os.environ["MUTANT_UNDER_TEST"] = ""
