@@ -121,6 +121,25 @@ def test_rotate_leaves_features_beyond_the_tables_as_they_are(interleaved, dtype
 
 
 @each_pairing
+@pytest.mark.parametrize("shape", [(10,), (5, 10), (2, 0, 10), (2, 3, 5, 10), (0, 5, 10)])
+def test_rotate_takes_any_leading_axes(interleaved, shape):
+    x, (cos, sin) = noise(*shape), rotary_tables(torch.arange(5), 6)
+    n = 1 if len(shape) == 1 else shape[-2]
+    cos, sin = (table[0] if len(shape) == 1 else table[:n] for table in (cos, sin))
+    out = rotate(x, cos, sin, interleaved=interleaved)
+    assert out.shape == x.shape
+    assert torch.equal(out[..., 6:], x[..., 6:])
+
+
+def test_rotary_tables_lie_where_the_positions_do_with_a_base_of_ten_thousand():
+    positions = torch.arange(5)
+    away = rotary_tables(positions.to("meta"), 6)
+    assert all(table.device == torch.device("meta") for table in away)
+    given = rotary_tables(positions, 6, base=10000.0)
+    assert all(map(torch.equal, rotary_tables(positions, 6), given))
+
+
+@each_pairing
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_feature_that_is_not_finite_spoils_its_own_pair_only(interleaved, bad):
     x, (cos, sin) = noise(5, 8), rotary_tables(torch.arange(1, 6), 8)
