@@ -123,7 +123,8 @@ class Session:
                 )
             )
             tests = {name.partition("[")[0]: name for name in reversed(names)}
-            firsts = set(tests.values()) | set(names[:3])
+            firsts = {*tests.values(), *names[:3]}
+            firsts.update(name for name in names if mirror in name and self.seconds[name] < 0.02)
             names.sort(key=lambda name: name not in firsts)
             code = NO_TESTS
             if names:
