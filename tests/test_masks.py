@@ -280,6 +280,9 @@ def test_from_mha_turns_the_polarity_round():
     as_float = torch.zeros(4, 5).masked_fill(blocked, -torch.inf)
     padded_float = torch.zeros(2, 5).masked_fill(padded, -torch.inf)
     assert torch.equal(Mask.from_mha(as_float, padded_float).to_dense(4, 5), expected)
+    padding = ~padded[:, None, None]
+    for alone in (padded, padded_float):
+        assert torch.equal(Mask.from_mha(key_padding_mask=alone).to_dense(4, 5)[:, :, :1], padding)
     per_head = torch.rand(6, 4, 5) > 0.5
     dense = Mask.from_mha(per_head, n_heads=3).to_dense(4, 5)
     assert torch.equal(dense, ~per_head.reshape(2, 3, 4, 5))
@@ -303,6 +306,12 @@ def test_from_huggingface_reads_additive_masks(dtype):
 def test_from_cu_seqlens_keeps_sequences_apart():
     dense = Mask.from_cu_seqlens(torch.tensor([0, 2, 2, 5])).to_dense(5, 5)[0, 0]
     assert torch.equal(dense, torch.block_diag(torch.ones(2, 2), torch.ones(3, 3)).bool())
+
+
+def test_from_cu_seqlens_lets_each_sequence_see_its_own_keys():
+    cu_q, cu_k = torch.tensor([0, 2, 3]), torch.tensor([0, 1, 5])
+    dense = Mask.from_cu_seqlens(cu_q, cu_k).to_dense(3, 5)[0, 0]
+    assert torch.equal(dense, torch.block_diag(torch.ones(2, 1), torch.ones(1, 4)).bool())
 
 
 def test_repr_says_what_the_mask_is():
@@ -531,6 +540,11 @@ REFUSED = [
         lambda: Mask.from_cu_seqlens(torch.ones(2)),
         TypeError,
         "cu_q must hold integers, got cu_q=torch.float32.",
+    ),
+    (
+        lambda: Mask.from_cu_seqlens(torch.tensor([0, 1]), torch.ones(2)),
+        TypeError,
+        "cu_k must hold integers, got cu_k=torch.float32.",
     ),
     (
         lambda: Mask.from_cu_seqlens(keep.long()),
