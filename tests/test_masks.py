@@ -308,8 +308,9 @@ def test_from_cu_seqlens_keeps_sequences_apart():
     assert torch.equal(dense, torch.block_diag(torch.ones(2, 2), torch.ones(3, 3)).bool())
 
 
-def test_from_cu_seqlens_lets_each_sequence_see_its_own_keys():
-    cu_q, cu_k = torch.tensor([0, 2, 3]), torch.tensor([0, 1, 5])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_from_cu_seqlens_lets_each_sequence_see_its_own_keys(dtype):
+    cu_q, cu_k = (torch.tensor(x, dtype=dtype) for x in ([0, 2, 3], [0, 1, 5]))
     dense = Mask.from_cu_seqlens(cu_q, cu_k).to_dense(3, 5)[0, 0]
     assert torch.equal(dense, torch.block_diag(torch.ones(2, 1), torch.ones(1, 4)).bool())
 
@@ -498,6 +499,11 @@ REFUSED = [
         lambda: Mask.padding(keep) & Mask.lengths(torch.ones(3).long()),
         ValueError,
         "other must have batch size 1 or 2, got other=a mask with batch size 3.",
+    ),
+    (
+        lambda: Mask.dense(keep[:, :, None, None]) & Mask.dense(keep[:, :2, None, None]),
+        ValueError,
+        "other must have heads 1 or 3, got other=a mask with heads 2.",
     ),
     (
         lambda: Mask.from_mha(torch.ones(3, 3)),
