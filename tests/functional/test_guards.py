@@ -51,6 +51,9 @@ def test_scores_up_to_the_limit_pass_and_those_beyond_are_hot(dtype, joint, unit
     options = {"dtype": dtype, "joint": joint}
     assert is_safe(problem_of(at, at, unit, **options)) == (True, [False, False])
     assert is_safe(problem_of(beyond, beyond, unit, **options)) == (False, [True, True])
+    larger, smaller = ([x * 4 for x in beyond], [x / 4 for x in beyond])
+    for pair in ((larger, smaller), (smaller, larger)):
+        assert is_safe(problem_of(*pair, unit, **options)) == (False, [True, True])
     rows = [[0.0] * D, beyond]  # the first query is small
     assert is_safe(problem_of(rows, beyond, unit, **options)) == (False, [False, True])
 
@@ -61,6 +64,7 @@ def test_a_scale_counts_and_a_soft_cap_does_not_make_it_smaller(joint):
     assert is_safe(problem_of(at, at, SPREAD, joint=joint, scale=-1.0))[0]
     for options in ({"scale": -1.01}, {"scale": 1.01}, {"scale": 1.01, "softcap": 1.0}):
         assert not is_safe(problem_of(at, at, SPREAD, joint=joint, **options))[0]
+    assert is_safe(problem_of(at, at, SPREAD, joint=joint, scale=0.5, softcap=1.0))[0]
     larger = [x * 17.0 for x in SPREAD]
     assert is_safe(problem_of(larger, larger, SPREAD, joint=joint, scale=0.5))[0]
     problem = problem_of(larger, larger, SPREAD, joint=joint, scale=0.5, softcap=1.0)
