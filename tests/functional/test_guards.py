@@ -172,15 +172,19 @@ def test_what_is_not_finite_spoils_the_same_rows_under_a_transform(place, bad, m
     assert 0 < spoilt.sum() < spoilt.numel()
 
 
-def gradients(bad, grad_out, method, **options):
+def gradients(bad, grad_out, method):
     """Give the gradients of q, k, v and sinks with a bad number in one place, or in none."""
     generator = torch.Generator().manual_seed(0)
     tensors = {name: torch.randn(1, 2, 4, 3, generator=generator) for name in "qkv"}
     tensors["sinks"] = torch.zeros(2)
-    if bad:
+    bias = torch.zeros(1, 2, 4, 4)
+    if bad == "bias":
+        bias[0, 1, 2, 1] = math.inf
+    elif bad:
         tensors[bad][0, 1, 2, 1] = math.nan
     leaves = [x.requires_grad_() for x in tensors.values()]
-    out = attention(*leaves[:3], sinks=leaves[3], mask=Mask.causal(), method=method, **options)
+    options = {"mask": Mask.causal(), "sinks": leaves[3], "bias": bias, "method": method}
+    out = attention(*leaves[:3], **options)
     return torch.autograd.grad(out, leaves, grad_out)
 
 
@@ -206,15 +210,15 @@ def test_a_bad_value_leaves_the_gradient_of_all_values_whole(method, which):
 
 
 @pytest.mark.parametrize("method", ["auto", "tiled", "exact"])
-@pytest.mark.parametrize("bad", ["q", "k"])
+@pytest.mark.parametrize("bad", ["q", "k", "bias"])
 def test_nothing_flows_back_through_a_row_without_weights_but_nan_to_what_it_sees(method, bad):
     grad_out = torch.randn(1, 2, 4, 3, generator=torch.Generator().manual_seed(1))
     found = gradients(bad, grad_out, method)
     rows = torch.zeros(1, 2, 4, dtype=torch.bool)
-    rows[0, 1, 2 : 3 if bad == "q" else 4] = True
+    rows[0, 1, 2 : 4 if bad == "k" else 3] = True
     clean = gradients(None, torch.where(rows[..., None], 0.0, grad_out), method)
     seen = torch.zeros(1, 2, 4, dtype=torch.bool)
-    seen[0, 1, : 3 if bad == "q" else 4] = True
+    seen[0, 1, : 4 if bad == "k" else 3] = True
     for place, flags in enumerate((rows, seen, seen)):
         assert torch.equal(found[place].isnan(), flags[..., None].expand(1, 2, 4, 3))
         assert torch.equal(found[place][~flags], clean[place][~flags])

@@ -19,6 +19,14 @@ def test_columns_of_one_projection_are_seen_as_it(b, g):
     assert torch.equal(side_by_side(*heads), whole.flatten(0, 1))
 
 
+def test_keys_of_another_length_are_not_taken_for_one_projection():
+    _, (q, k, v) = projected(b=1)
+    for n in (1, 2):
+        assert side_by_side(q[:, :, :n], k, v) is None
+        assert side_by_side(q, k[:, :, :n], v[:, :, :n]) is None
+    assert side_by_side(q, k, v[:, :1]) is None
+
+
 def test_anything_else_is_not_taken_for_one_projection():
     _, (q, k, v) = projected()
     wider = torch.randn(2, 3, 50).split([20, 10, 10, 10], -1)
