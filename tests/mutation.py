@@ -124,7 +124,7 @@ class Session:
             )
             tests = {name.partition("[")[0]: name for name in reversed(names)}
             firsts = {*tests.values(), *names[:3]}
-            firsts.update(name for name in names if mirror in name and self.seconds[name] < 0.02)
+            firsts.update(name for name in names if mirror in name and self.seconds[name] < 0.1)
             names.sort(key=lambda name: name not in firsts)
             code = NO_TESTS
             if names:
