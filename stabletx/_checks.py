@@ -274,27 +274,11 @@ def check_method_can(method: str, obstacle: str) -> None:
         )
 
 
-def check_first_derivative(higher: bool) -> None:
-    """Refuse a derivative beyond the first where none is defined."""
-    if higher:
-        raise RuntimeError(
-            "create_graph must be False where float64 inputs exceed 2**250, got create_graph=True. "
-            "Scale the inputs down."
-        )
-
-
-def check_no_huge_weights(have_gradient: bool) -> None:
-    """Refuse the gradient of weights in the one arithmetic that has none."""
-    if have_gradient:
-        rule = "be left out of the loss where float64 inputs exceed 2**250"
-        raise RuntimeError(must("weights", rule, "a gradient", "Scale the inputs down."))
-
-
-def check_no_huge_dropout(dropout_p: float) -> None:
-    """Refuse dropout in the one arithmetic that has none."""
-    if dropout_p > 0:
-        rule = "be 0 where float64 inputs exceed 2**250"
-        raise ValueError(must("dropout_p", rule, dropout_p, "Scale the inputs down."))
+def check_huge(argument: str, rule: str, value: object, *, broken: bool) -> None:
+    """Refuse what nothing computes where float64 inputs exceed 2**250."""
+    if broken:
+        rule = f"{rule} where float64 inputs exceed 2**250"
+        raise RuntimeError(must(argument, rule, value, "Scale the inputs down."))
 
 
 def check_lengths(lengths: Tensor, tokens: Tensor) -> None:

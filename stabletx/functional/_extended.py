@@ -69,7 +69,8 @@ def extended(problem: Problem, allowed: Tensor | None) -> tuple[Tensor, ...]:
     """
     bias = None if problem.bias is None else problem.bias.double()
     sinks = None if problem.sinks is None else problem.sinks.double()
-    _checks.check_no_huge_dropout(problem.dropout_p)
+    dropout_p = problem.dropout_p
+    _checks.check_huge("dropout_p", "be 0", dropout_p, broken=dropout_p > 0)
     return _Extended.apply(  # type: ignore[no-any-return, no-untyped-call]
         problem.q, problem.k, problem.v, bias, sinks, problem, allowed
     )
@@ -178,8 +179,9 @@ class _Extended(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        _checks.check_first_derivative(torch.is_grad_enabled())
-        _checks.check_no_huge_weights(bool(grads[4].any()))
+        _checks.check_huge("create_graph", "be False", True, broken=torch.is_grad_enabled())
+        on_weights = bool(grads[4].any())
+        _checks.check_huge("weights", "be left out of the loss", "a gradient", broken=on_weights)
         q, k, v, bias, sinks, allowed = ctx.saved_tensors
         problem: Problem = ctx.problem
         h, g = q.shape[1], k.shape[1]

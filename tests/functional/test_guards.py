@@ -46,7 +46,7 @@ each_direction = pytest.mark.parametrize("unit", [SPREAD, ONE_HOT], ids=["spread
 @each_memory
 @each_direction
 def test_scores_up_to_the_limit_pass_and_those_beyond_are_hot(dtype, joint, unit):
-    root = math.sqrt(LARGEST_SCORE[dtype])
+    root = math.sqrt(LARGEST_SCORE)
     at, beyond = ([x * root * more for x in unit] for more in (1.0, 1.01))
     options = {"dtype": dtype, "joint": joint}
     assert is_safe(problem_of(at, at, unit, **options)) == (True, [False, False])
