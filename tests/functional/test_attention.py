@@ -252,6 +252,9 @@ def test_details_say_what_ran_and_why():
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(Q, torch.ones_like(Q))
         found = attention_details(dual, K, V)
+        everything = [torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)) for x in (Q, K, V)]
+        assert attention_details(*everything).reason == "forward-mode derivatives"
+        assert attention_details(Q, K, V).method == "tiled"
     assert (found.method, found.reason) == ("exact", "forward-mode derivatives")
     reasons = []
 

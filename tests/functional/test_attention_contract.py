@@ -392,11 +392,13 @@ def test_details_of_a_row_without_keys_are_empty(method):
 @pytest.mark.parametrize("t", [9, 1])
 @pytest.mark.parametrize("mask", [None, Mask.causal(-3), Mask.causal(-8), Mask.causal(2)])
 @pytest.mark.parametrize("sinks", [None, torch.arange(4.0, dtype=torch.float64)])
-def test_details_are_those_of_the_reference(method, t, mask, sinks):
+@pytest.mark.parametrize("scale", [0.3, 100.0])  # of which the second passes the kernel's limit
+def test_details_are_those_of_the_reference(method, t, mask, sinks, scale):
     q, k, v = qkv(torch.float64, t=t)
     allowed = torch.ones(1, 1, t, 9, dtype=torch.bool) if mask is None else mask.to_dense(t, 9)
-    found = attention_details(q, k, v, mask=mask, sinks=sinks, method=method)
-    exact = reference_attention(q, k, v, mask=allowed, sinks=sinks)
+    options = {"sinks": sinks, "scale": scale}
+    found = attention_details(q, k, v, mask=mask, method=method, **options)
+    exact = reference_attention(q, k, v, mask=allowed, **options)
     has_key = allowed.any(-1).expand(2, 4, t)
     n_rows = has_key.sum(-1)
     entropy = torch.where(has_key, exact.entropy, 0.0).sum(-1) / n_rows.clamp(min=1)
