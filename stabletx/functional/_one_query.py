@@ -36,8 +36,8 @@ def attend_one_query(
     scale = q.shape[3] ** -0.5 if scale is None else scale
     if not is_safe(longest_rows(q[None])[0], longest_key, longest_value, scale):
         return None
-    added = None
-    work = compute_dtype(q.dtype)
+    added, dtype = None, q.dtype
+    work = compute_dtype(dtype)
     if mask is not None:
         b, h, s = q.shape[0], q.shape[1], k.shape[2]
         _checks.check_mask_fits(mask.sizes(), (b, h, 1, s), mask.devices(), q.device)
@@ -49,12 +49,14 @@ def attend_one_query(
             seen = mask.tile(cols.new_zeros(1), cols, 1, s)
             if not bool(seen.any(-1).all()):
                 return None  # an empty row
-            added = torch.zeros(seen.shape, dtype=work).masked_fill_(~seen, -torch.inf)
+            added = torch.zeros(seen.shape, dtype=work, device=q.device).masked_fill_(
+                ~seen, -torch.inf
+            )
             added = added.expand(b, h, 1, last - first)
         elif first >= last:
             return None
     q, k, v = (x if x.dtype == work else x.to(work) for x in (q, k, v))
-    return attend_unguarded(q, k, v, added=added, scale=scale)
+    return attend_unguarded(q, k, v, added=added, scale=scale).to(dtype)
 
 
 def attend_unguarded(

@@ -180,7 +180,7 @@ class MultiHeadAttention(nn.Module):
                     q, k, v, mask=mask, bias=bias, scale=self.scale,
                     dropout_p=self.dropout_p, training=self.training, method=self.method,
                 )  # fmt: skip
-            out = seen.to(q.dtype).transpose(1, 2)  # one query comes in the dtype computed in
+            out = seen.transpose(1, 2)
         projected: Tensor = self.out(out.flatten(-2))
         return projected
 

@@ -9,6 +9,7 @@ import torch
 from stabletx import Mask, attention
 from stabletx.functional._guards import LARGEST_ENTRY, LARGEST_SCORE
 from stabletx.functional._one_query import attend_one_query, finite_or_inf, is_safe, longest_rows
+from stabletx.testing import assert_within, attention_error_bound, reference_attention
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -79,3 +80,19 @@ def test_one_query_is_attention_with_any_scale_and_mask(mask, scale):
         q, k, v, mask=mask, scale=scale, longest_key=longest[0], longest_value=longest[1]
     )
     assert torch.allclose(found, attention(q, k, v, mask=mask, scale=scale, method="exact"))
+
+
+@each_dtype
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_one_query_is_attention_in_its_dtype_whatever_the_default_device(dtype, device):
+    q, k, v = (torch.randn(2, 2, n, 8).to(dtype) for n in (1, 5, 5))
+    keep = torch.arange(5) >= torch.tensor([[0], [2]])
+    mask, dense = Mask.padding(keep), keep[:, None, None]
+    with torch.device(device):
+        out = attend_one_query(
+            q, k, v, mask=mask, scale=None, longest_key=longest_rows(k)[0], longest_value=1.0
+        )
+    assert out is not None
+    assert out.dtype == dtype
+    exact = reference_attention(q, k, v, mask=dense)
+    assert_within(attention_error_bound(q, k, v, mask=dense), out, exact)
