@@ -17,6 +17,7 @@ SAME = KEEP[:1].expand(2, S)
 def every_mask(t, s):
     banded, others = plain_masks(B, t, s)
     yield None
+    yield Mask.window(1, 0, 0)
     yield from (mask for mask, _ in banded + others)
     for keep in (KEEP, HOLES, SAME, ~KEEP & False, KEEP[:1]):
         yield Mask.padding(keep[:, :s])
