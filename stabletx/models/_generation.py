@@ -134,7 +134,8 @@ def _pick(
     if temperature == 0 or 0 in logits.shape:
         return logits.argmax(-1)
     # From the best score down, and not below a float's least: no quotient is then inf or NaN.
-    below = logits.float() - logits.float().amax(-1, keepdim=True)
+    scores = logits.float()
+    below = scores - scores.amax(-1, keepdim=True)
     least = torch.finfo(below.dtype).tiny
     weights, ids = softmax(below / max(temperature, least)).sort(dim=-1, descending=True)
     if top_p < 1:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from stabletx.functional._sight import values_may_be_read
 from stabletx.functional.positions import rotate
+from stabletx.layers._as_made import is_as_made
 from stabletx.layers._prepacked import FEWEST_ROWS, Ready
 from stabletx.layers.attention import MultiHeadAttention, Rotation
 from stabletx.layers.blocks import DecoderBlock, Shortcut
@@ -89,7 +90,6 @@ class OneToken:
             or weight.dtype not in (torch.float32, torch.float64)
             or places.relative is not None
             or (cache.known(0) is not None and places.window is not None)
-            or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
             or not _is_as_made(stack)
             or cache.batch_size == 0
         ):
@@ -220,11 +220,9 @@ def _is_as_made(stack: DecoderStack) -> bool:
 
 
 def _is_untouched(module: nn.Module) -> bool:
-    watched = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
     return (
-        type(module) in _KINDS
+        is_as_made(module, *_KINDS)
         and not module.training
-        and not watched
         and getattr(module, "cross_attention", None) is None
         and getattr(module, "method", "auto") == "auto"
     )
