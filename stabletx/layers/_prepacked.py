@@ -128,7 +128,7 @@ class Prepacked:
         always: bool = False,
     ) -> Ready:
         """Choose how rows like those of ``x`` are multiplied; see :meth:`apply`."""
-        if not can_prepack(x, weight, bias):
+        if torch.is_grad_enabled() or not onednn_takes(x, weight, bias):
             return Ready("plain", weight, bias, then_gelu)
         way = "onednn" if always else self._way(x, weight, bias, then_gelu)
         laid_out = weight if way == "plain" else self._packed(weight, way)
@@ -157,15 +157,12 @@ class Prepacked:
         return state.packed[way]
 
 
-def can_prepack(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def onednn_takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Tell whether oneDNN takes this call, and nothing is asked of it but numbers."""
     return (
-        not torch.is_grad_enabled()
-        and x.device.type == "cpu"
-        and values_may_be_read(x)
+        is_but_numbers(x)
         # Not a weight that a parametrization computes, or that some other library stands in for.
         and type(weight) is nn.Parameter
-        and type(x) in (Tensor, nn.Parameter)
         and weight.device.type == "cpu"
         and (weight.dtype == torch.float32 or weight.dtype == torch.bfloat16)
         and x.dtype == weight.dtype
@@ -175,9 +172,18 @@ def can_prepack(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and x.numel() > 0
         and weight.numel() > 0
         and x.shape[-1] == weight.shape[1]
-        and not _is_followed()
         and not torch.is_autocast_enabled("cpu")
         and _has_onednn(weight.dtype)
+    )
+
+
+def is_but_numbers(x: Tensor) -> bool:
+    """Tell whether ``x`` lies on a CPU and no subclass, transform or tracer goes with it."""
+    return (
+        x.device.type == "cpu"
+        and values_may_be_read(x)
+        and type(x) in (Tensor, nn.Parameter)
+        and not _is_followed()
     )
 
 

@@ -1,15 +1,17 @@
-"""A linear map that is as fast in inference as the machine allows."""
+"""A linear map that is as fast on a CPU as the machine allows."""
 
 from __future__ import annotations
 
 from typing import Any, Literal, final
 
+import torch
 from torch import Tensor, nn
 
 from stabletx import _checks
 from stabletx.functional.activations import gelu
 from stabletx.layers._as_made import is_as_made
 from stabletx.layers._prepacked import Prepacked, Ready
+from stabletx.layers._trained import multiply_trained
 
 Backend = Literal["auto", "plain", "prepacked"]
 
@@ -25,18 +27,22 @@ class Linear(nn.Linear):
     to weights that were made in inference mode, are seen where they touch many entries; write a few
     under ``torch.no_grad()`` instead.
 
+    In training in float32 on a CPU oneDNN takes large products and the gradients of their inputs,
+    with the weight as it lies. Size alone decides, so that a seeded run repeats.
+
     Args:
         in_features: size of the last axis.
         out_features: size that it becomes.
         use_bias: whether something is added.
 
     Attributes:
-        backend: "auto" times both ways once for each kind of call, and is "plain" under
-            ``torch.use_deterministic_algorithms``; "plain" is torch's own, always; "prepacked"
-            is oneDNN wherever it can be. May be set at any time.
+        backend: "auto" times both ways of inference once for each kind of call, and is "plain"
+            under ``torch.use_deterministic_algorithms``; "plain" is torch's own, always;
+            "prepacked" is oneDNN wherever it can be. May be set at any time.
 
     Numerics: the plain and the packed product differ in the order of their sums, so in their last
-        bits. Which is taken depends on a measurement, except with "plain" and "prepacked".
+        bits. Which is taken in inference depends on a measurement, except with "plain" and
+        "prepacked".
 
     >>> Linear(4, 2)(torch.zeros(3, 4)).shape
     torch.Size([3, 2])
@@ -66,7 +72,7 @@ class Linear(nn.Linear):
 
         With ``by_onednn`` a choice that is left to us is not made by timing.
         """
-        if self._is_plain():
+        if self.training or self._is_plain():
             return Ready("plain", self.weight, self.bias, then_gelu)
         x = self.weight.new_ones(n_rows, self.in_features)
         always = by_onednn or self.backend == "prepacked"
@@ -74,12 +80,17 @@ class Linear(nn.Linear):
 
     def _is_plain(self) -> bool:
         _checks.check_one_of("backend", self.backend, ("auto", "plain", "prepacked"))
-        return self.training or self.backend == "plain"
+        return self.backend == "plain"
 
     def _by_onednn(self, x: Tensor, *, then_gelu: bool) -> Tensor | None:
         if self._is_plain():
             return None
         always = self.backend == "prepacked"
+        if torch.is_grad_enabled():
+            trained = multiply_trained(x, self.weight, self.bias, always=always)
+            return gelu(trained) if trained is not None and then_gelu else trained
+        if self.training:
+            return None
         return self._prepacked.apply(x, self.weight, self.bias, then_gelu=then_gelu, always=always)
 
     def _apply(self, fn: object, recurse: bool = True) -> Linear:
