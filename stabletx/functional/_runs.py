@@ -59,13 +59,13 @@ def _one_by_one(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Te
     sizes = [run.length for run in plan.runs if run.length for _ in range(run.n_rows)]
     work = compute_dtype(q.dtype)
     base = q.new_empty(1, 1, 1, dtype=work)  # not read
-    cut = (torch.split(x.transpose(0, 1), sizes, dim=1) for x in (q, k, v))  # of (h, t, d)
+    cut = (torch.split(x.to(work).transpose(0, 1), sizes, dim=1) for x in (q, k, v))
     outs = []
-    for heads in zip(*cut, strict=True):
-        queries, keys, values = (x.to(work) for x in heads)
+    for queries, keys, values in zip(*cut, strict=True):  # of (h, t, d)
         scores = torch.baddbmm(base, queries, keys.mT, beta=0, alpha=scale)
-        outs.append(torch.bmm(torch.softmax(scores, -1, out=scores), values))
-    return torch.cat(outs, dim=1).transpose(0, 1).to(q.dtype)
+        out = torch.bmm(torch.softmax(scores, -1, out=scores), values)
+        outs.append(out.transpose(0, 1))
+    return torch.cat(outs).to(q.dtype)
 
 
 def _runs(plan: Plan, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
