@@ -19,10 +19,9 @@ from typing import Any
 import torch
 
 from benchmarks.errors import BenchmarkError
-from benchmarks.interleave import turn_of
+from benchmarks.interleave import TURN_APART, turn_of
 
 ROOT = Path(__file__).resolve().parents[1]
-SECONDS_A_TURN = 0.1
 
 
 class Apart:
@@ -90,9 +89,8 @@ def serve(part: str, workload: str, name: str, device: str) -> None:
             _say("built", {"missing": missing.name or str(missing)})
             return
         _say("built", {"error": contest.error(call())})
-        turn = turn_of(call, SECONDS_A_TURN, device)
+        turn = turn_of(call, TURN_APART, device)
         for _ in sys.stdin:
-            call()  # its threads have slept, and others have used the cache
             _say("turn", {"seconds": turn()})
 
 

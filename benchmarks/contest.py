@@ -136,7 +136,7 @@ def hold(contest: Contest, settings: Settings) -> Outcome:
         timings = in_turns(
             {**calls, **machine},
             rounds=settings.rounds,
-            seconds_a_turn=0.0 if settings.is_quick else 0.03,
+            seconds_a_turn=0.0 if settings.is_quick else None,
             device=settings.device,
         )
     for name in calls:

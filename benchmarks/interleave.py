@@ -13,6 +13,8 @@ Call = Callable[[], object]
 # Seconds; threads that spin after a call have stopped before the next contestant, also those of
 # another process, where an OpenMP of another kind may spin for a fifth of a second.
 PAUSE, PAUSE_APART = 0.005, 0.25
+# Seconds for which a short call is repeated; long enough that one disturbance does not make a turn.
+TURN, TURN_APART = 0.03, 0.3
 
 
 class Elsewhere(Protocol):
@@ -49,7 +51,7 @@ def in_turns(
     contestants: Mapping[str, Call | Elsewhere],
     *,
     rounds: int = 15,
-    seconds_a_turn: float = 0.03,
+    seconds_a_turn: float | None = None,
     device: str = "cpu",
 ) -> dict[str, Timing]:
     """Warm all up, then time them in turns; each round starts with another contestant.
@@ -57,15 +59,18 @@ def in_turns(
     Args:
         contestants: what to call, by name, or what times itself in another process.
         rounds: turns of each.
-        seconds_a_turn: a short call is repeated for about this long, and the mean taken.
+        seconds_a_turn: a short call is repeated for about this long, and the mean taken; None takes
+            more where some are in other processes, which take turns as long.
         device: "cuda" times with events on the device, "cpu" with the clock.
     """
-    turns, pause = {}, PAUSE
+    is_together = all(map(callable, contestants.values()))
+    pause = PAUSE if is_together else PAUSE_APART
+    if seconds_a_turn is None:
+        seconds_a_turn = TURN if is_together else TURN_APART
+    turns: dict[str, Callable[[], float]] = {}
     for name, contestant in contestants.items():
-        if callable(contestant):
-            turns[name] = turn_of(contestant, seconds_a_turn, device)
-        else:
-            turns[name], pause = contestant.seconds, PAUSE_APART
+        is_here = callable(contestant)
+        turns[name] = turn_of(contestant, seconds_a_turn, device) if is_here else contestant.seconds
     names = list(contestants)
     found: dict[str, list[float]] = {name: [] for name in names}
     for i in range(rounds):
@@ -84,7 +89,12 @@ def turn_of(call: Call, seconds: float, device: str) -> Callable[[], float]:
     once = _once_cuda if device == "cuda" else _once_cpu
     once(call)
     repeats = max(1, int(seconds / max(once(call), 1e-9)))
-    return lambda: statistics.fmean(once(call) for _ in range(repeats))
+
+    def turn() -> float:
+        once(call)  # its threads have slept, and others have used the cache
+        return statistics.fmean(once(call) for _ in range(repeats))
+
+    return turn
 
 
 def interleaved(

@@ -191,11 +191,11 @@ def test_ratio_is_taken_round_by_round():
     assert theirs.ratio_of(ours) == (0.5, 0.0)
 
 
-def test_every_round_begins_with_another_contestant():
+def test_every_round_begins_with_another_contestant_and_every_turn_with_a_call_to_warm_up():
     order = []
     calls = {name: lambda name=name: order.append(name) for name in "abc"}
     in_turns(calls, rounds=3, seconds_a_turn=0.0)
-    assert "".join(order[-9:]) == "abcbcacab"
+    assert "".join(order[-18:]) == "aabbccbbccaaccaabb"
 
 
 @pytest.mark.parametrize("b", [8, 32])
