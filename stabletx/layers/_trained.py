@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stabletx.functional._sight import values_may_be_read
 from stabletx.layers._prepacked import is_but_numbers, onednn_takes
 
 # Products of two numbers, from which oneDNN's gain is larger than its way through Python; measured.
@@ -28,13 +29,15 @@ def multiply_trained(
 
     ``always`` takes oneDNN wherever it can.
     """
+    if not values_may_be_read(x):  # asked first: a compiler would hold on to what is known of sizes
+        return None
     is_large = x.numel() * weight.shape[0] >= FROM
     if not (is_large or always) or x.ndim < 2 or weight.dtype != torch.float32:
         return None
     is_wanted = any(a is not None and a.requires_grad for a in (x, weight, bias))
     if not is_wanted or torch.are_deterministic_algorithms_enabled():
         return None
-    if not onednn_takes(x, weight, bias):
+    if not (onednn_takes(x, weight, bias) and weight.is_contiguous()):
         return None
     out: Tensor = _Product.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return out

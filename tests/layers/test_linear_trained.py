@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
 from stabletx.layers import _prepacked, _trained
@@ -169,6 +170,30 @@ def test_what_torch_alone_can_do_is_left_to_it(products):
     assert not products
     made(x.clone().requires_grad_())
     assert len(products) == 1
+
+
+@pytest.mark.parametrize("layout", ["transposed", "strided", "expanded"])
+def test_a_weight_that_lies_otherwise_is_left_to_torch(products, layout):
+    made, x = linear(), whole_numbers(7, M).requires_grad_()
+    weight = {
+        "transposed": whole_numbers(M, F).t(),
+        "strided": whole_numbers(F, 2 * M)[:, ::2],
+        "expanded": whole_numbers(1, M).expand(F, M),
+    }[layout]
+    made.weight = nn.Parameter(weight)
+    mine, theirs = compared(made, x, whole_numbers(7, F))
+    assert all(map(torch.equal, mine, theirs))
+    assert not products
+
+
+def test_compiled_training_takes_sizes_on_either_side_without_recompiling(monkeypatch):
+    monkeypatch.setattr(_trained, "FROM", 5 * M * F)
+    made, counter = linear("auto"), CompileCounter()
+    compiled = torch.compile(made, backend=counter, dynamic=True, fullgraph=True)
+    for n in (3, 4, 6, 9):
+        x = whole_numbers(n, M).requires_grad_()
+        assert torch.equal(compiled(x), nn.functional.linear(x, made.weight, made.bias))
+    assert counter.frame_count == 1
 
 
 def test_weights_made_in_inference_mode_are_read_without_a_graph(products):
