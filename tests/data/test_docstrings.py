@@ -37,26 +37,38 @@ def parsed(source):
     return Counter(" ".join(text.split()) for text in found if text and len(text.split()) >= 6)
 
 
+def sizes(splits):
+    return [len(part) for part in splits.parts().values()]
+
+
 def test_docstrings_have_the_pinned_sizes_and_classes(splits):
-    assert [len(part) for part in splits.parts().values()] == [17_400, 1_500, 2_500]
+    counts = Counter(label for part in splits.parts().values() for _, label in part)
+    # The Python of some distributions comes without a part of its library.
+    n_stdlib = counts["stdlib"]
+    assert 4_500 < n_stdlib <= docstrings._N_TEXTS["stdlib"]
+    assert counts == {**docstrings._N_TEXTS, "stdlib": n_stdlib}
+    is_whole = n_stdlib == docstrings._N_TEXTS["stdlib"]
+    for size, pinned in zip(sizes(splits), [17_400, 1_500, 2_500], strict=True):
+        away = abs(size - pinned * counts.total() / 21_400)
+        assert away == 0 if is_whole else away < len(counts)
     assert splits.labels == ("networkx", "stdlib", "sympy", "torch")
     for part in splits.parts().values():
         shares = Counter(label for _, label in part)
-        for label, n in docstrings._N_TEXTS.items():
-            assert abs(shares[label] - n * len(part) / 21_400) < 1
+        for label, n in counts.items():
+            assert abs(shares[label] - n * len(part) / counts.total()) < 1
 
 
 def test_docstrings_have_six_words_and_are_unique(splits):
     texts = [text for part in splits.parts().values() for text, _ in part]
     assert min(len(text.split()) for text in texts) >= 6
-    assert len({text_key(text) for text in texts}) == len(texts) == 21_400
+    assert len({text_key(text) for text in texts}) == len(texts)
 
 
 def test_docstrings_say_where_they_are_from(splits):
     assert "standard library" in splits.source
     assert "PSF" in splits.rights
     assert "Leaks" in splits.about
-    assert splits.n_rows > 21_400
+    assert splits.n_rows > sum(sizes(splits))
     assert splits.dropped.duplicates > 0
 
 
@@ -166,5 +178,5 @@ def test_pattern_passes_over_what_is_no_docstring(source):
 def test_cache_holds_plain_json_lines(cache, splits):
     (path,) = cache.glob("docstrings-*.jsonl")
     head, first, *_ = path.read_text().splitlines()
-    assert json.loads(head)["sizes"] == [17_400, 1_500, 2_500]
+    assert json.loads(head)["sizes"] == sizes(splits)
     assert json.loads(first) == splits.train[0]._asdict()

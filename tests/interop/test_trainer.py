@@ -21,7 +21,7 @@ LABELS = ("networkx", "stdlib", "sympy", "torch")
 def data():
     """A slice of real texts: train and test rows, and the size of the vocabulary."""
     splits = load_named("docstrings")
-    parts = [list(splits.train)[::120], list(splits.test)[::50]]
+    parts = [list(splits.train)[::30], list(splits.test)[::50]]
     tokenizer = Tokenizer.train([e.text for e in parts[0]], 600)
 
     def rows(examples):
