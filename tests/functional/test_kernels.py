@@ -84,8 +84,6 @@ def way(request, monkeypatch):
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(("kind", "g", "is_causal"), EVERY)
 def test_every_way_is_the_formula_forward_and_backward(way, kind, g, is_causal):
-    if way == "kernel" and is_causal and kind is not None:
-        pytest.skip("no piece is both")
     q, k, v, grad = piece(g)
     how = How(0.5, is_causal)
     found = attend_and_back(q, k, v, grad, added(kind), how)
