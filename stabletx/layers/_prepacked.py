@@ -179,12 +179,7 @@ def onednn_takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 def is_but_numbers(x: Tensor) -> bool:
     """Tell whether ``x`` lies on a CPU and no subclass, transform or tracer goes with it."""
-    return (
-        x.device.type == "cpu"
-        and values_may_be_read(x)
-        and type(x) in (Tensor, nn.Parameter)
-        and not _is_followed()
-    )
+    return values_may_be_read(x) and type(x) in (Tensor, nn.Parameter) and not _is_followed()
 
 
 def _is_vector_of(bias: Tensor, weight: Tensor) -> bool:

@@ -87,8 +87,9 @@ class Linear(nn.Linear):
             return None
         always = self.backend == "prepacked"
         if torch.is_grad_enabled():
-            trained = multiply_trained(x, self.weight, self.bias, always=always)
-            return gelu(trained) if trained is not None and then_gelu else trained
+            if then_gelu:  # a step of its own here, after a call without it
+                return None
+            return multiply_trained(x, self.weight, self.bias, always=always)
         if self.training:
             return None
         return self._prepacked.apply(x, self.weight, self.bias, then_gelu=then_gelu, always=always)
